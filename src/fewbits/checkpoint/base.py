@@ -1,0 +1,97 @@
+"""What every kind of checkpoint has in common: entries, a reader, a writer.
+
+A checkpoint is a set of named entries, each a tensor of a known logical shape in a known format; tensors that stay in
+floating point are entries too, in the format that is their dtype. All of it is declared before the first byte is
+written, so a file's header comes first and its data can be streamed: nobody ever holds a whole model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fewbits.formats import Format, QTensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint: its name in that checkpoint, its logical shape and its format."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+
+    @property
+    def nbytes(self) -> int:
+        return self.format.nbytes(self.shape)
+
+
+class Reader(ABC):
+    """An open checkpoint. Nothing but headers is in memory until `read` is called."""
+
+    path: Path
+    config: dict[str, Any]
+    """The model's configuration as transformers writes it (config.json)."""
+    entries: Mapping[str, Entry]
+
+    @abstractmethod
+    def read(self, name: str, rows: slice | None = None) -> QTensor:
+        """One tensor, or some rows of it (a slice along dimension 0, where its format is rowwise).
+
+        Raises CheckpointError if its bytes are missing or damaged.
+        """
+
+
+class Writer(ABC):
+    """A checkpoint being written under a temporary name. Leaves nothing behind unless `commit` is reached."""
+
+    digests: dict[str, dict[str, str]]
+    """Of each finished entry: array name in the file -> SHA-256 of its bytes, in hex."""
+
+    @abstractmethod
+    def write(self, name: str, part: QTensor) -> None:
+        """The next rows of entry `name` (all of it, where its format is not rowwise), in order from row 0.
+
+        Entries may be written in any order. Raises OutputError if the disk is full.
+        """
+
+    @abstractmethod
+    def commit(self, ledger: Mapping[str, Any]) -> None:
+        """Write the ledger (fewbits.json), flush everything to the disk and take the final name, in that order.
+
+        Raises LedgerError if an entry has not been written to its last row.
+        """
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Remove everything written so far. Safe to call at any time, more than once."""
+
+
+class Kind(ABC):
+    """A kind of checkpoint on disk."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One sentence for `fewbits formats`: who loads it."""
+
+    @abstractmethod
+    def detect(self, path: Path) -> bool:
+        """Whether the path holds a checkpoint of this kind, judged by content."""
+
+    @abstractmethod
+    def open(self, path: Path) -> Reader:
+        """Open for reading. Raises CheckpointError if anything about it is wrong."""
+
+    @abstractmethod
+    def admits(self, entry: Entry) -> str | None:
+        """None if this kind can hold the entry exactly, else a sentence that says why not."""
+
+    @abstractmethod
+    def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
+        """Start a checkpoint at `path`, which must not exist. `source` is the folder whose tokenizer goes along.
+
+        Raises UnsupportedError for an entry that `admits` refuses, OutputError if the path exists or the disk is full.
+        """

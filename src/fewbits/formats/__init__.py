@@ -1,0 +1,61 @@
+"""Which numbers a tensor can hold, and which bytes hold them.
+
+FORMATS is the registry: one explicit tuple per file. A new format is one file that ends in such a tuple, and one line
+here; the command line, the tables in the docs and the contract tests take it from there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fewbits.errors import FormatError
+from fewbits.formats.affine import AFFINE, Affine
+from fewbits.formats.base import Arrays, ArraySpec, Format, Group, Grouped, Params, QTensor
+from fewbits.formats.binary import BINARY
+from fewbits.formats.codebook import CODEBOOKS
+from fewbits.formats.floats import FLOATS, Float
+from fewbits.formats.gguf_legacy import GGUF_LEGACY
+from fewbits.formats.minifloat import MINIFLOATS
+from fewbits.formats.ternary import TERNARY
+
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        *FLOATS,
+        *MINIFLOATS,
+        *AFFINE,
+        *CODEBOOKS,
+        *TERNARY,
+        *BINARY,
+        *GGUF_LEGACY,
+    )
+}
+
+
+def format_named(name: str) -> Format:
+    """The format of that name; `-bf16` after a group's size means scales in BF16. Raises FormatError if unknown."""
+    format = FORMATS.get(name) or FORMATS.get(name.removesuffix("-bf16"))
+    if format is not None and name.endswith("-bf16"):
+        format = format.with_scales_in(torch.bfloat16)
+    if format is None or format.name != name:
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, FORMATS, n=4)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise FormatError(f"format '{name}' is not known{hint} `fewbits formats` lists all {len(FORMATS)}")
+    return format
+
+
+__all__ = [
+    "FORMATS",
+    "Affine",
+    "ArraySpec",
+    "Arrays",
+    "Float",
+    "Format",
+    "Group",
+    "Grouped",
+    "Params",
+    "QTensor",
+    "format_named",
+]

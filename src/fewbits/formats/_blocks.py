@@ -1,0 +1,84 @@
+"""Blocks: rows cut into blocks whose codes and scales lie together as bytes, as in GGUF files.
+
+A block format lists its fields, in file order, as (name, bytes); a block is their sum and a row is whole blocks, so
+in_features must be a multiple of the block. One array holds everything: `blocks`, uint8 [..., N, blocks · bytes].
+Legacy blocks (Q4_0 …) have one scale; super-blocks with two levels of scales (the K-quants) are the same with more
+fields.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import FormatError
+from fewbits.formats.base import Arrays, ArraySpec, Grouped, Params
+
+
+@dataclass(frozen=True)
+class Block(Grouped):
+    """A GGUF block format. Subclasses give `fields` and turn params and codes into those fields and back."""
+
+    group: int = 32
+
+    fields: ClassVar[tuple[tuple[str, int], ...]]
+    """Bytes of one block in file order: (field, bytes)."""
+    ggml_type: ClassVar[int]
+    """The type's number in a GGUF file (ggml.h, enum ggml_type)."""
+    ggml_name: ClassVar[str]
+    """The type's name there, such as Q4_0."""
+
+    @property
+    def name(self) -> str:
+        return self.ggml_name.lower()
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(size for _, size in self.fields)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        if shape[-1] % self.group:
+            raise FormatError(
+                f"{self.name}: in_features {shape[-1]} is not a multiple of its block of {self.group}; "
+                "keep this tensor in 16 bits or choose a format that allows a ragged tail, such as int4-g32"
+            )
+
+    def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
+        return {"blocks": ArraySpec(torch.uint8, (*shape[:-1], shape[-1] // self.group * self.block_bytes))}
+
+    @abstractmethod
+    def to_fields(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        """codes [..., G, g] and params [..., G] as uint8 fields [..., G, bytes]."""
+
+    @abstractmethod
+    def from_fields(self, fields: Mapping[str, Tensor]) -> tuple[Tensor, Params]:
+        """The inverse of to_fields."""
+
+    def pack(self, codes: Tensor, params: Params) -> Arrays:
+        parts = self.to_fields(self._grouped(codes), params)
+        blocks = torch.cat([parts[name] for name, _ in self.fields], dim=-1)
+        return {"blocks": blocks.flatten(-2)}
+
+    def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Params]:
+        blocks = arrays["blocks"].unflatten(-1, (-1, self.block_bytes))
+        sizes = [size for _, size in self.fields]
+        names = [name for name, _ in self.fields]
+        parts = (part.contiguous() for part in blocks.split(sizes, dim=-1))
+        codes, params = self.from_fields(dict(zip(names, parts, strict=True)))
+        return codes.reshape(shape), params
+
+
+def half_bytes(x: Tensor) -> Tensor:
+    """[...] as FP16, two bytes each: uint8 [..., 2]."""
+    return x.to(torch.float16).unsqueeze(-1).view(torch.uint8)
+
+
+def from_half_bytes(data: Tensor) -> Tensor:
+    """The inverse of half_bytes, as float32."""
+    return data.view(torch.float16).squeeze(-1).float()

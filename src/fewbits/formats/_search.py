@@ -1,0 +1,74 @@
+"""Scales that minimise the squared error, for every format of the kind value = scale · level(code).
+
+For fixed codes with levels v the best scale is Σ h·x·v / Σ h·v² (h the importance), and the error it leaves is
+Σ h·x² − (Σ h·x·v)² / Σ h·v². So a candidate scale costs one rounding and two sums: round at the candidate, then score
+the codes by how much of Σ h·x² their best scale explains. The best candidate's best scale is then stored in the
+format's own type, and rounding at the stored scale can only lower the error again.
+(The objective that llama.cpp's make_qx_quants maximises; here for any grid.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where scale is 0: a group of zeros stays zero."""
+    return torch.where(scale == 0, torch.zeros_like(scale), scale.reciprocal())
+
+
+def weighted_sum(x: Tensor, y: Tensor, importance: Tensor | None) -> Tensor:
+    """Σ h·x·y over the last dimension."""
+    product = x * y
+    return (product if importance is None else product.mul_(importance)).sum(-1)
+
+
+def best_scale(
+    x: Tensor, start: Tensor, factors: Sequence[float], nearest: Callable[[Tensor], Tensor], importance: Tensor | None
+) -> Tensor:
+    """The least-squares scale of every group of x [..., g] among those reached from start·factor, [...].
+
+    nearest maps numbers in units of the scale to the nearest levels.
+    """
+    best, best_score = start.clone(), torch.full_like(start, -torch.inf)
+    for factor in factors:
+        candidate = start * factor
+        v = nearest(x * inverse(candidate).unsqueeze(-1))
+        xv, vv = weighted_sum(x, v, importance), weighted_sum(v, v, importance)
+        score = torch.where(vv > 0, xv * xv / vv, 0)
+        better = score > best_score
+        best = torch.where(better, torch.where(vv > 0, xv / vv, candidate), best)
+        best_score = torch.where(better, score, best_score)
+    return best
+
+
+def best_affine(
+    x: Tensor, low: Tensor, high: Tensor, top: int, factors: Sequence[float], importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Least-squares (scale, offset) of every group of x [..., g] for values scale·q + offset, q in 0..top.
+
+    Starts from the range [low, high] of each group, shrunk by each factor about its centre, and solves the 2x2 normal
+    equations for the codes found there.
+    """
+    h = torch.ones_like(x) if importance is None else importance.expand_as(x)
+    sh, sx = h.sum(-1), (h * x).sum(-1)
+    centre, half = (high + low) / 2, (high - low) / 2
+    best_s, best_o = (high - low) / top, low.clone()
+    best_error = torch.full_like(low, torch.inf)
+    for factor in factors:
+        scale, offset = 2 * half * factor / top, centre - half * factor
+        q = ((x - offset.unsqueeze(-1)) * inverse(scale).unsqueeze(-1)).round_().clamp_(0, top)
+        sq, sqq, sxq = (h * q).sum(-1), (h * q * q).sum(-1), (h * x * q).sum(-1)
+        det = sh * sqq - sq * sq
+        solvable = det > 1e-7 * sh * sqq
+        scale = torch.where(solvable, (sh * sxq - sq * sx) / det, scale)
+        offset = torch.where(solvable, (sx - scale * sq) / sh.clamp_min(torch.finfo(sh.dtype).tiny), offset)
+        residual = x - scale.unsqueeze(-1) * q - offset.unsqueeze(-1)
+        error = (h * residual.square_()).sum(-1)
+        better = error < best_error
+        best_s, best_o = torch.where(better, scale, best_s), torch.where(better, offset, best_o)
+        best_error = torch.where(better, error, best_error)
+    return best_s, best_o

@@ -1,0 +1,144 @@
+"""Integers on a line: w = scale · (q − zero), the textbook affine scheme, INT8 to INT2.
+
+In its four stages: *calibrate* the range of each group, *compute* scale and zero-point from it, *quantize*
+q = round(w / scale) + zero, *dequantize* scale · (q − zero).
+
+Symmetric: zero = 0 and scale = max|w| / (2^(b−1) − 1), so that ±max|w| are codes. Codes are signed, and once the scale
+is searched the whole range −2^(b−1) … 2^(b−1) − 1 may be used; a searched scale may be negative, which points the one
+code that has no mirror image at the longer tail.
+Asymmetric: the range is stretched to hold 0 (so that zeros stay exact), scale = (max − min) / (2^b − 1), and
+the zero-point is an unsigned code. Jacob et al. 2018 (arXiv:1712.05877), section 2.1.
+
+Bytes: codes + 2^(b−1) for symmetric ones, as a dense bit stream along each row (`_bits`); scales FP16 or BF16 per group,
+FP32 per row or tensor, where they cost nothing; zero-points one byte each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbits.formats._bits import pack_bits, unpack_bits, words
+from fewbits.formats._search import best_affine, best_scale, inverse
+from fewbits.formats.base import Arrays, ArraySpec, Params, Scaled
+
+GROUPS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Affine(Scaled):
+    """bits-bit integers, symmetric or with a zero-point. Params: scale, and zero (float, an integer) if asymmetric."""
+
+    bits: int = 8
+    symmetric: bool = True
+    summary: ClassVar[str] = "integers: scale · (q − zero)"
+
+    @property
+    def name(self) -> str:
+        asymmetric = "" if self.symmetric else "-asym"
+        return f"int{self.bits}{asymmetric}{self.suffix}"
+
+    @property
+    def cells(self) -> str:
+        return ("S" if self.symmetric else "I") + (self.bits - 1) * "I"
+
+    @property
+    def levels(self) -> Tensor:
+        return torch.arange(self.lowest, self.highest + 1, dtype=torch.float32)
+
+    @property
+    def lowest(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def highest(self) -> int:
+        """Largest code."""
+        return self.lowest + (1 << self.bits) - 1
+
+    def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
+        specs = {
+            "packed": ArraySpec(torch.int32, (*shape[:-1], words(shape[-1], self.bits))),
+            "scale": ArraySpec(self.scale_dtype, self.groups(shape)),
+        }
+        return specs if self.symmetric else specs | {"zero": ArraySpec(torch.uint8, self.groups(shape))}
+
+    def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
+        if self.symmetric:
+            return {"scale": self._symmetric_scale(x, importance, search=search)}
+        low, high = x.amin(-1).clamp_max_(0), x.amax(-1).clamp_min_(0)
+        scale = self.stored((high - low) / self.highest)
+        zero = self._zero(-low * inverse(scale))
+        if not search:
+            return {"scale": scale, "zero": zero}
+        return self._searched(x, low, high, scale, zero, importance)
+
+    def round_at(self, x: Tensor, params: Params) -> Tensor:
+        q = (x * inverse(params["scale"])).round_()
+        if not self.symmetric:
+            q = q.add_(params["zero"])
+        return q.clamp_(self.lowest, self.highest).to(torch.int8 if self.symmetric else torch.uint8)
+
+    def decode_at(self, codes: Tensor, params: Params) -> Tensor:
+        if self.symmetric:
+            return codes * params["scale"]
+        return (codes - params["zero"]).mul_(params["scale"])
+
+    def pack(self, codes: Tensor, params: Params) -> Arrays:
+        unsigned = (codes.to(torch.int16) - self.lowest).to(torch.uint8) if self.symmetric else codes
+        arrays = {"packed": pack_bits(unsigned, self.bits), "scale": params["scale"].to(self.scale_dtype)}
+        return arrays if self.symmetric else arrays | {"zero": params["zero"].to(torch.uint8)}
+
+    def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Params]:
+        codes = unpack_bits(arrays["packed"], self.bits, shape[-1])
+        params = {"scale": arrays["scale"].float()}
+        if self.symmetric:
+            return (codes.to(torch.int16) + self.lowest).to(torch.int8), params
+        return codes, params | {"zero": arrays["zero"].float()}
+
+    def _zero(self, zero: Tensor) -> Tensor:
+        return zero.round().clamp_(0, self.highest)
+
+    def _symmetric_scale(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Tensor:
+        start = x.abs().amax(-1).div_(self.highest)
+        if not search:
+            return self.stored(start)
+        # Below 1 the largest weights are clipped; above 1 the longer tail uses the code without a mirror image. With
+        # few levels the best scale lies further from the range's, hence the wider window.
+        reach = 0.6 if self.bits <= 3 else 0.3
+        shrink = [1 + 0.05 - reach * i / 9 for i in range(10)]
+        factors = [*shrink, *(-f for f in shrink)] if self.bits <= 6 else shrink
+        return self.stored(
+            best_scale(x, start, [1.0, *factors], lambda t: t.round_().clamp_(self.lowest, self.highest), importance)
+        )
+
+    def _searched(
+        self, x: Tensor, low: Tensor, high: Tensor, scale: Tensor, zero: Tensor, importance: Tensor | None
+    ) -> Params:
+        """Least squares in (scale, offset), then the better of its neighbouring integer zero-points and the range's."""
+        factors = [1 - 0.6 * i / 9 for i in range(10)]
+        solved, offset = best_affine(x, low, high, self.highest, factors, importance)
+        solved = self.stored(solved.abs())
+        exact = -offset * inverse(solved)
+        candidates = [(scale, zero), (solved, self._zero(exact.floor())), (solved, self._zero(exact.ceil()))]
+        best, best_error = {"scale": scale, "zero": zero}, torch.full_like(scale, torch.inf)
+        for s, z in candidates:
+            p = {"scale": s.unsqueeze(-1), "zero": z.unsqueeze(-1)}
+            residual = self.decode_at(self.round_at(x, p), p).sub_(x).square_()
+            error = (residual if importance is None else residual * importance).sum(-1)
+            better = error < best_error
+            best = {"scale": torch.where(better, s, best["scale"]), "zero": torch.where(better, z, best["zero"])}
+            best_error = torch.where(better, error, best_error)
+        return best
+
+
+AFFINE = tuple(
+    Affine(bits=bits, symmetric=symmetric, group=group)
+    for bits in (8, 6, 5, 4, 3, 2)
+    for symmetric in (True, False)
+    for group in ("row", "tensor", *GROUPS)
+)

@@ -1,0 +1,233 @@
+"""Eight- and four-bit floats with a scale: FP8 E4M3 and E5M2, MXFP4, NVFP4.
+
+    w = scale · v,   v one of the values of a tiny floating-point type
+
+E4M3 reaches ±448 and has no infinities, E5M2 reaches ±57344; both as in Micikevicius et al. 2022 (arXiv:2209.05433).
+E2M1 has the sixteen values ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}.
+MXFP4 (OCP Microscaling 1.0, section 5.2) gives each 32 values one E8M0 scale, a power of two.
+NVFP4 gives each 16 values an E4M3 scale and the matrix one FP32 scale above them, chosen so that the largest group's
+scale is the largest E4M3 number: global = 448 · 6 / max|w|, stored that way up, and w = v · scale / global.
+
+Rounding is torch's own cast for FP8 (to nearest, ties to even) and the same rule for E2M1.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbits.formats._bits import pack_bits, unpack_bits
+from fewbits.formats._search import best_scale, inverse
+from fewbits.formats.base import Arrays, ArraySpec, Grouped, Params
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # code 0..7; bit 3 is the sign
+E4M3_MAX = 448.0
+SEARCH = tuple(1.0 - 0.05 * i for i in range(-2, 8))  # candidate scales, relative to the range's
+
+
+@dataclass(frozen=True)
+class Fp8(Grouped):
+    """FP8 numbers times an FP32 scale per row or tensor. Codes are the bytes (uint8); param: scale."""
+
+    exponent: int = 4
+
+    summary: ClassVar[str] = "8-bit floating point times a scale"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.exponent == 4 else torch.float8_e5m2
+
+    @property
+    def name(self) -> str:
+        return f"fp8-e{self.exponent}m{7 - self.exponent}{self.suffix}"
+
+    @property
+    def cells(self) -> str:
+        return "S" + self.exponent * "E" + (7 - self.exponent) * "M"
+
+    @property
+    def levels(self) -> Tensor:
+        values = torch.arange(256, dtype=torch.uint8).view(self.dtype).float()
+        distinct: Tensor = torch.unique(values[values.isfinite()])
+        return distinct
+
+    def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
+        return {"weight": ArraySpec(self.dtype, shape), "scale": ArraySpec(torch.float32, self.groups(shape))}
+
+    def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
+        start = x.abs().amax(-1).div_(torch.finfo(self.dtype).max)
+        return {"scale": best_scale(x, start, SEARCH, self._nearest, importance) if search else start}
+
+    def round_at(self, x: Tensor, params: Params) -> Tensor:
+        return self._cast(x * inverse(params["scale"])).view(torch.uint8)
+
+    def decode_at(self, codes: Tensor, params: Params) -> Tensor:
+        return codes.view(self.dtype).float().mul_(params["scale"])
+
+    def pack(self, codes: Tensor, params: Params) -> Arrays:
+        return {"weight": codes.view(self.dtype), "scale": params["scale"]}
+
+    def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Params]:
+        return arrays["weight"].view(torch.uint8), {"scale": arrays["scale"]}
+
+    def _cast(self, t: Tensor) -> Tensor:
+        peak = torch.finfo(self.dtype).max
+        return t.clamp(-peak, peak).to(self.dtype)
+
+    def _nearest(self, t: Tensor) -> Tensor:
+        return self._cast(t).float()
+
+
+@dataclass(frozen=True)
+class _Fp4(Grouped):
+    """What MXFP4 and NVFP4 share: E2M1 codes (uint8, sign in bit 3) and one effective scale per group."""
+
+    @property
+    def cells(self) -> str:
+        return "SEEM"
+
+    @property
+    def levels(self) -> Tensor:
+        return torch.tensor([-v for v in E2M1[:0:-1]] + list(E2M1))
+
+    @abstractmethod
+    def _effective(self, params: Params) -> Tensor:
+        """The factor from E2M1 values to weights."""
+
+    def round_at(self, x: Tensor, params: Params) -> Tensor:
+        return _e2m1_codes(x * inverse(self._effective(params)))
+
+    def decode_at(self, codes: Tensor, params: Params) -> Tensor:
+        return _e2m1_values(codes).mul_(self._effective(params))
+
+
+@dataclass(frozen=True)
+class MxFp4(_Fp4):
+    """E2M1 with one power-of-two scale (E8M0) per group of 32. Param: exponent (uint8, biased by 127)."""
+
+    group: int = 32
+
+    summary: ClassVar[str] = "4-bit floating point, power-of-two scale per 32 (OCP MX)"
+
+    @property
+    def name(self) -> str:
+        return "mxfp4"
+
+    def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
+        codes = ArraySpec(torch.uint8, (*shape[:-1], -(-shape[-1] // 2)))
+        return {"packed": codes, "scale": ArraySpec(torch.uint8, self.groups(shape))}
+
+    def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
+        peak = x.abs().amax(-1)
+        # OCP's rule: the exponent of the largest weight, less that of the largest level (6 = 1.5 · 2²).
+        exponent = torch.where(peak > 0, peak.clamp_min(2.0**-126).log2().floor_(), -127).sub_(2)
+        if search:
+            exponent = self._searched(x, exponent, importance)
+        stored = exponent.add(127).clamp_(0, 254)
+        # A NaN or infinite peak must survive the cast to an integer, so that it is found and counted.
+        return {"exponent": torch.where(peak.isfinite(), stored, peak)}
+
+    def _effective(self, params: Params) -> Tensor:
+        return torch.exp2(params["exponent"] - 127)
+
+    def _searched(self, x: Tensor, start: Tensor, importance: Tensor | None) -> Tensor:
+        best, best_error = start, torch.full_like(start, torch.inf)
+        for step in (0, 1, -1):
+            scale = torch.exp2(start + step).unsqueeze(-1)
+            residual = _e2m1_values(_e2m1_codes(x / scale)).mul_(scale).sub_(x).square_()
+            error = (residual if importance is None else residual * importance).sum(-1)
+            best = torch.where(error < best_error, start + step, best)
+            best_error = torch.minimum(error, best_error)
+        return best
+
+    def pack(self, codes: Tensor, params: Params) -> Arrays:
+        return {"packed": _pack_nibbles(codes), "scale": params["exponent"].to(torch.uint8)}
+
+    def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Params]:
+        return _unpack_nibbles(arrays["packed"], shape[-1]), {"exponent": arrays["scale"].float()}
+
+
+@dataclass(frozen=True)
+class NvFp4(_Fp4):
+    """E2M1 with an E4M3 scale per group of 16 under one FP32 scale per matrix. Params: scale, global_scale."""
+
+    group: int = 16
+
+    summary: ClassVar[str] = "4-bit floating point, FP8 scale per 16 under one FP32 scale"
+
+    @property
+    def name(self) -> str:
+        return "nvfp4"
+
+    @property
+    def rowwise(self) -> bool:
+        return False
+
+    def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
+        return {
+            "packed": ArraySpec(torch.uint8, (*shape[:-1], -(-shape[-1] // 2))),
+            "scale": ArraySpec(torch.float8_e4m3fn, self.groups(shape)),
+            "global_scale": ArraySpec(torch.float32, (*shape[:-2], 1, 1)),
+        }
+
+    def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
+        peak = x.abs().amax(-1)
+        whole = peak.amax((-2, -1), keepdim=True)
+        global_scale = torch.where(whole > 0, E4M3_MAX * E2M1[-1] / whole, torch.ones_like(whole))
+        scale = peak / E2M1[-1]
+        if search:
+            scale = best_scale(x, scale, SEARCH, lambda t: _e2m1_values(_e2m1_codes(t)), importance)
+        stored = (scale * global_scale).clamp_(0, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        return {"scale": torch.where(peak.isfinite(), stored, peak), "global_scale": global_scale}
+
+    def _effective(self, params: Params) -> Tensor:
+        return params["scale"] / params["global_scale"]
+
+    def pack(self, codes: Tensor, params: Params) -> Arrays:
+        return {
+            "packed": _pack_nibbles(codes),
+            "scale": params["scale"].to(torch.float8_e4m3fn),
+            "global_scale": params["global_scale"],
+        }
+
+    def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Params]:
+        params = {"scale": arrays["scale"].float(), "global_scale": arrays["global_scale"]}
+        return _unpack_nibbles(arrays["packed"], shape[-1]), params
+
+
+def _e2m1_codes(t: Tensor) -> Tensor:
+    """Nearest E2M1 code; a tie goes to the even mantissa, as in IEEE 754."""
+    # The midpoints between neighbouring magnitudes. Those before an even code round up at the tie, the others down.
+    magnitude = t.abs()
+    code = torch.zeros_like(t, dtype=torch.uint8)
+    for i, (a, b) in enumerate(pairwise(E2M1)):
+        middle = (a + b) / 2
+        code += magnitude >= middle if i % 2 else magnitude > middle
+    return code | (t.signbit().to(torch.uint8) << 3)
+
+
+def _e2m1_values(codes: Tensor) -> Tensor:
+    table = torch.tensor([*E2M1, *(-v for v in E2M1)], device=codes.device)
+    return table[codes.int()]
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    """Two codes a byte, the first in the low nibble: uint8 [..., ceil(K / 2)]."""
+    return pack_bits(codes, 4).view(torch.uint8)[..., : -(-codes.shape[-1] // 2)].contiguous()
+
+
+def _unpack_nibbles(data: Tensor, in_features: int) -> Tensor:
+    return unpack_bits(data, 4, in_features)
+
+
+MINIFLOATS = (
+    *(Fp8(exponent=e, group=g) for e in (4, 5) for g in ("row", "tensor")),
+    MxFp4(),
+    NvFp4(),
+)

@@ -1,0 +1,114 @@
+"""Frozen dataclasses that cross rooms: what a run found out, ready to print or to write as JSON.
+
+Everything here is plain data (numbers, strings, tuples), so any room may import it and none needs torch for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Fate = Literal["quantized", "kept", "tied", "dropped"]
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """The ledger's line on one parameter of the source: what became of it, and what that cost.
+
+    error is the relative error ‖w − ŵ‖ / ‖w‖, None unless quantized. reason says why it was kept, tied or dropped.
+    digests maps the name of each array in the output to the SHA-256 of its bytes.
+    """
+
+    name: str
+    fate: Fate
+    shape: tuple[int, ...]
+    format: str
+    nbytes: int
+    method: str | None = None
+    error: float | None = None
+    reason: str | None = None
+    digests: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need, printed before it starts. Bytes and seconds."""
+
+    peak_memory: int
+    disk: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What `fewbits.quantize` did."""
+
+    source: str
+    output: str
+    kind: str
+    format: str
+    method: str
+    source_bytes: int
+    output_bytes: int
+    weights: int
+    seconds: float
+    tensors: tuple[TensorReport, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight over the whole model, kept tensors and scales included."""
+        return 8 * sum(t.nbytes for t in self.tensors) / self.weights
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured value and its standard error."""
+
+    value: float
+    error: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} ± {self.error:{spec}}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model differs from the original on a text. Divergences in nats per token.
+
+    Each figure's standard error comes from resampling whole windows, because tokens of one window are not independent.
+    """
+
+    model: str
+    against: str
+    text: str
+    tokens: int
+    windows: int
+    perplexity: Figure
+    reference_perplexity: Figure
+    perplexity_ratio: Figure
+    mean_kld: Figure
+    median_kld: Figure
+    kld_99: Figure
+    top1_agreement: Figure
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `fewbits.verify` proved about an output."""
+
+    output: str
+    decoder: str
+    tensors: int
+    mismatches: tuple[str, ...]
+    max_logit_difference: float | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.mismatches
+
+
+def as_json(result: Any) -> Any:
+    """A result dataclass as plain JSON values."""
+    return asdict(result)
