@@ -14,9 +14,9 @@ Fate = Literal["quantized", "kept", "tied", "dropped"]
 
 @dataclass(frozen=True)
 class TensorReport:
-    """The ledger's line on one parameter of the source: what became of it, and what that cost.
+    """The ledger's line on one tensor: which parameter of the source it was, what became of it, and what that cost.
 
-    error is the relative error ‖w − ŵ‖ / ‖w‖, None unless quantized. reason says why it was kept, tied or dropped.
+    name is the tensor's name in the output, source the parameter it was made of. error is the relative error ‖w − ŵ‖ / ‖w‖, None unless quantized. reason says why it was kept, tied or dropped.
     digests maps the name of each array in the output to the SHA-256 of its bytes.
     """
 
@@ -25,6 +25,7 @@ class TensorReport:
     shape: tuple[int, ...]
     format: str
     nbytes: int
+    source: str
     method: str | None = None
     error: float | None = None
     reason: str | None = None
@@ -95,13 +96,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `fewbits.verify` proved about an output."""
+    """What `fewbits.verify` proved about an output.
+
+    decoder names the independent library that read the tensors, stack the one that ran the model. logit_kld is the mean
+    KL divergence (nats) between the next-token distributions of that stack and of fewbits' own reading, None where the
+    model was not run. mismatches has one sentence for each thing that is not as meant.
+    """
 
     output: str
-    decoder: str
+    decoder: str | None
     tensors: int
     mismatches: tuple[str, ...]
-    max_logit_difference: float | None
+    stack: str | None = None
+    logit_kld: float | None = None
     notes: tuple[str, ...] = ()
 
     @property

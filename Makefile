@@ -1,0 +1,28 @@
+# Two commands are all a fresh machine needs: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check lint bench quality clean
+
+demo: .venv/.ready  ## quantize, verify and evaluate the bundled model at 8, 4, 3 and 2 bits
+	$(BIN)/python -m fewbits demo
+
+test: .venv/.ready  ## the default tests (minutes)
+	$(BIN)/python -m pytest -n auto
+
+check: lint test  ## everything that must hold before a commit
+
+lint: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch comes first and alone: with it in place nothing else pulls in a CUDA build of several gigabytes.
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
