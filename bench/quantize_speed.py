@@ -27,6 +27,8 @@ FORMATS = {"q8_0": "Q8_0", "q4_0": "Q4_0", "int4-g128": "Q4_0"}
 
 @dataclass(frozen=True)
 class Run:
+    """One process: wall time, and the most it had in memory."""
+
     seconds: float
     peak_mb: float
 

@@ -1,1 +1,75 @@
-"""fewbits."""
+"""fewbits: AI models in fewer bits, smaller and faster, and proven to still work.
+
+    import fewbits
+
+    fewbits.quantize("path/to/model", "model-int4", format="int4-g128")
+    fewbits.verify("model-int4", against="path/to/model")
+    print(fewbits.evaluate("model-int4", against="path/to/model").mean_kld)
+    model = fewbits.load("model-int4")
+
+Names are imported on first use, so that what needs only torch does not wait for transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewbits import formats
+    from fewbits.engine import load
+    from fewbits.errors import FewbitsError
+    from fewbits.evals import evaluate
+    from fewbits.formats import FORMATS, Format, QTensor, format_named
+    from fewbits.methods import METHODS, quantize_tensor
+    from fewbits.pipeline import quantize, verify
+    from fewbits.results import Evaluation, Quantization, TensorReport, Verification
+
+_ROOMS = {
+    "FORMATS": "formats",
+    "METHODS": "methods",
+    "Evaluation": "results",
+    "FewbitsError": "errors",
+    "Format": "formats",
+    "QTensor": "formats",
+    "Quantization": "results",
+    "TensorReport": "results",
+    "Verification": "results",
+    "evaluate": "evals",
+    "format_named": "formats",
+    "formats": "formats",
+    "load": "engine",
+    "quantize": "pipeline",
+    "quantize_tensor": "methods",
+    "verify": "pipeline",
+}
+
+__all__ = [
+    "FORMATS",
+    "METHODS",
+    "Evaluation",
+    "FewbitsError",
+    "Format",
+    "QTensor",
+    "Quantization",
+    "TensorReport",
+    "Verification",
+    "evaluate",
+    "format_named",
+    "formats",
+    "load",
+    "quantize",
+    "quantize_tensor",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'fewbits' has no attribute '{name}'")
+    room = import_module(f"fewbits.{_ROOMS[name]}")
+    return room if name == _ROOMS[name] else getattr(room, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+POLISH = 2  # rounds of solving for the scale and rounding again, after the best candidate is known
+
 
 def inverse(scale: Tensor) -> Tensor:
     """1 / scale, and 0 where scale is 0: a group of zeros stays zero."""
@@ -34,15 +36,25 @@ def best_scale(
     nearest maps numbers in units of the scale to the nearest levels.
     """
     best, best_score = start.clone(), torch.full_like(start, -torch.inf)
-    for factor in factors:
-        candidate = start * factor
-        v = nearest(x * inverse(candidate).unsqueeze(-1))
-        xv, vv = weighted_sum(x, v, importance), weighted_sum(v, v, importance)
-        score = torch.where(vv > 0, xv * xv / vv, 0)
+    candidates = (start * factor for factor in factors)
+    for candidate in candidates:
+        solved, score = _solved(x, candidate, nearest, importance)
         better = score > best_score
-        best = torch.where(better, torch.where(vv > 0, xv / vv, candidate), best)
-        best_score = torch.where(better, score, best_score)
+        best, best_score = torch.where(better, solved, best), torch.where(better, score, best_score)
+    for _ in range(POLISH):  # Lloyd's iteration: each round can only explain more
+        best, _ = _solved(x, best, nearest, importance)
     return best
+
+
+def _solved(
+    x: Tensor, scale: Tensor, nearest: Callable[[Tensor], Tensor], importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The least-squares scale for the levels nearest at `scale`, and the share of Σ h·x² that it explains."""
+    v = nearest(x * inverse(scale).unsqueeze(-1))
+    xv, vv = weighted_sum(x, v, importance), weighted_sum(v, v, importance)
+    empty = vv == 0
+    solved = torch.where(empty, scale, xv / vv)
+    return solved, torch.where(empty, torch.zeros_like(xv), xv * solved)
 
 
 def best_affine(

@@ -9,8 +9,8 @@ code that has no mirror image at the longer tail.
 Asymmetric: the range is stretched to hold 0 (so that zeros stay exact), scale = (max − min) / (2^b − 1), and
 the zero-point is an unsigned code. Jacob et al. 2018 (arXiv:1712.05877), section 2.1.
 
-Bytes: codes + 2^(b−1) for symmetric ones, as a dense bit stream along each row (`_bits`); scales FP16 or BF16 per group,
-FP32 per row or tensor, where they cost nothing; zero-points one byte each.
+Bytes: codes + 2^(b−1) for symmetric ones, as a dense bit stream along each row (`_bits`); scales FP16 or BF16 per
+group, FP32 per row or tensor, where they cost nothing; zero-points one byte each.
 """
 
 from __future__ import annotations
@@ -27,6 +27,20 @@ from fewbits.formats._search import best_affine, best_scale, inverse
 from fewbits.formats.base import Arrays, ArraySpec, Params, Scaled
 
 GROUPS = (16, 32, 64, 128)
+CLIP = {8: 0.92, 6: 0.7, 5: 0.55, 4: 0.4, 3: 0.3, 2: 0.2}
+"""How far below the range's scale the search goes: the fewer the levels, the more clipping pays."""
+
+
+def search_factors(bits: int) -> list[float]:
+    """Candidate scales for signed codes, relative to the range's.
+
+    Evenly spaced ratios down to CLIP. Negative ones wherever the code without a mirror image still reaches into a tail:
+    near the range's scale, and at 3 bits and below everywhere.
+    """
+    ratio = (CLIP[bits] / 1.08) ** (1 / 11)
+    down = [1.0, *(1.08 * ratio**i for i in range(12))]
+    mirrored = 2.0 if bits == 8 else 0.6 if bits > 3 else 0.0
+    return [*down, *(-f for f in down if f > mirrored)]
 
 
 @dataclass(frozen=True)
@@ -107,14 +121,10 @@ class Affine(Scaled):
         start = x.abs().amax(-1).div_(self.highest)
         if not search:
             return self.stored(start)
-        # Below 1 the largest weights are clipped; above 1 the longer tail uses the code without a mirror image. With
-        # few levels the best scale lies further from the range's, hence the wider window.
-        reach = 0.6 if self.bits <= 3 else 0.3
-        shrink = [1 + 0.05 - reach * i / 9 for i in range(10)]
-        factors = [*shrink, *(-f for f in shrink)] if self.bits <= 6 else shrink
-        return self.stored(
-            best_scale(x, start, [1.0, *factors], lambda t: t.round_().clamp_(self.lowest, self.highest), importance)
-        )
+        return self.stored(best_scale(x, start, search_factors(self.bits), self._nearest, importance))
+
+    def _nearest(self, t: Tensor) -> Tensor:
+        return t.round_().clamp_(self.lowest, self.highest)
 
     def _searched(
         self, x: Tensor, low: Tensor, high: Tensor, scale: Tensor, zero: Tensor, importance: Tensor | None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from torch import Tensor
+
 from fewbits.errors import UnsupportedError
+from fewbits.formats import Format, QTensor, format_named
 from fewbits.methods.base import Method, TensorMethod
 from fewbits.methods.rtn import RTN
 
@@ -19,4 +22,18 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Method", "TensorMethod", "method_named"]
+def quantize_tensor(
+    x: Tensor, format: str | Format, *, method: str = "rtn", importance: Tensor | None = None
+) -> QTensor:
+    """One tensor, floating point [..., out_features, in_features], in a format.
+
+    importance: weight of each squared error, broadcastable to x ([in_features] for the mean x² of the layer's inputs).
+    Raises FormatError if x holds NaN or Inf or the format cannot hold its shape.
+    """
+    chosen = method_named(method)
+    if not isinstance(chosen, TensorMethod):
+        raise UnsupportedError(f"method {chosen.name} works on whole blocks; a single tensor can take rtn")
+    return chosen.quantize(x, format if isinstance(format, Format) else format_named(format), importance=importance)
+
+
+__all__ = ["METHODS", "Method", "TensorMethod", "method_named", "quantize_tensor"]

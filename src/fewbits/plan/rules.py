@@ -72,10 +72,10 @@ class Rules:
         plan = {tensor.name: self.choose(tensor) for tensor in tensors}
         wanted = not isinstance(self.format, Float)
         if wanted and not any(choice.quantized for choice in plan.values()):
-            reasons = sorted({choice.reason for choice in plan.values() if choice.reason})
+            matrices = [plan[tensor.name].reason for tensor in tensors if tensor.role in MATRICES]
+            why = matrices[0] if matrices else "it has no linear layers"
             raise UnsupportedError(
-                f"no tensor of the model can be stored as {self.format}: {reasons[0] if reasons else 'it has no matrix'}"
-                "; choose another format or file type"
+                f"no tensor of the model can be stored as {self.format}: {why}; choose another format or file type"
             )
         return plan
 

@@ -1,0 +1,105 @@
+"""Where the weights come from: a folder or a hub name, read a few rows at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint import Kind, Reader, open_checkpoint
+from fewbits.errors import CheckpointError, UnsupportedError
+from fewbits.formats import Float
+from fewbits.models import Architecture, Piece, Role, gguf_pieces, unfused
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder that holds the model: the path itself, or the hub's files of that name (downloaded if need be).
+
+    Raises CheckpointError if it is neither.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if not HUB_NAME.fullmatch(str(model)):
+        raise CheckpointError(f"{model}: no such file or folder, and not a hub name such as owner/model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{model}: no such folder here, and the hub could not be asked for it ({type(error).__name__}); "
+            "give the path of a downloaded model, or try again online"
+        ) from error
+
+
+def open_source(path: Path) -> Reader:
+    """A checkpoint whose weights are still floating point. Raises UnsupportedError if it is quantized already."""
+    kind, reader = open_checkpoint(path)
+    if kind.name == "gguf":
+        raise UnsupportedError(f"{path} is a GGUF file; quantize from the Hugging Face folder it was made of")
+    quantized = next((e for e in reader.entries.values() if not isinstance(e.format, Float)), None)
+    if quantized is not None or "quantization_config" in reader.config:
+        what = f"{quantized.name} is {quantized.format}" if quantized else "config.json has a quantization_config"
+        raise UnsupportedError(f"{path} is quantized already ({what}); quantize from the original checkpoint")
+    return reader
+
+
+def dtype_of(reader: Reader, name: str) -> torch.dtype:
+    format = reader.entries[name].format
+    if not isinstance(format, Float):
+        raise UnsupportedError(f"{name} is stored as {format}, where a floating-point tensor is needed")
+    return format.dtype
+
+
+def cut(kind: Kind, architecture: Architecture, reader: Reader) -> Iterator[Piece]:
+    """The tensors of the output. GGUF has names and layouts of its own; folders keep the source's."""
+    shapes = {name: entry.shape for name, entry in reader.entries.items() if name not in architecture.tied}
+    if kind.name == "gguf":
+        yield from gguf_pieces(reader.config, shapes)
+        return
+    for name, shape in shapes.items():
+        role = architecture.roles[name]
+        if role is Role.EXPERTS and kind.name == "compressed-tensors":
+            yield from unfused(name, shape, reader.config)
+        else:
+            yield Piece(name, name, role, shape)
+
+
+def row_step(piece: Piece, elements: int) -> int:
+    """How many rows of a piece make about `elements` weights, in whole rotary heads."""
+    rows = max(1, elements // max(1, piece.shape[-1]))
+    if piece.interleaved_heads is None:
+        return rows
+    head = piece.shape[0] // piece.interleaved_heads
+    return -(-rows // head) * head
+
+
+def read_rows(reader: Reader, piece: Piece, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a piece, in the source's dtype; all of a vector or a scalar."""
+    w = _narrowed(reader, piece, start, stop)
+    if piece.interleaved_heads is not None:
+        head = piece.shape[0] // piece.interleaved_heads
+        w = w.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).flatten(0, 2)
+    return w.float() + piece.added if piece.added else w  # in float32: w + 1 would lose digits in 16 bits
+
+
+def _narrowed(reader: Reader, piece: Piece, start: int, stop: int) -> Tensor:
+    if piece.expert is None and not piece.transposed:
+        first = piece.rows[0] if piece.rows else 0
+        rows = slice(first + start, first + stop) if piece.shape else None
+        return reader.read(piece.source, rows).codes
+    if piece.expert is None:
+        w = reader.read(piece.source).codes
+    else:
+        w = reader.read(piece.source, slice(piece.expert, piece.expert + 1)).codes[0]
+    w = w.transpose(-1, -2) if piece.transposed else w
+    w = w[slice(*piece.rows)] if piece.rows else w
+    return w[start:stop]

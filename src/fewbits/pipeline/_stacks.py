@@ -1,0 +1,81 @@
+"""The whole model in somebody else's hands: logits of transformers or llama.cpp against fewbits' own reading.
+
+The two cannot agree bit for bit. transformers multiplies codes by scales in the scales' own 16-bit type; llama.cpp
+rounds activations to 8 bits before each product. What must agree is what they predict, so the measure is the mean KL
+divergence between their next-token distributions on one fixed window, and its limits are set by that rounding, far
+below the divergence that a misplaced or misread tensor causes (nats, not thousandths of one).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint import Kind
+
+WINDOW = 64  # tokens in the probe
+LOGIT_KLD = {"huggingface": 1e-6, "compressed-tensors": 1e-4, "fewbits": 1e-6, "gguf": 1e-2}
+"""Largest mean KL divergence (nats) that the arithmetic of each file type's independent stack explains."""
+
+
+def compare_logits(kind: Kind, out: Path) -> tuple[str | None, float | None, str | None]:
+    """(stack, mean KL divergence, note): who ran the model and how far apart the predictions are.
+
+    Where no independent stack can run it, stack and divergence are None and the note says why.
+    """
+    if kind.name == "fewbits":
+        return None, None, "logits not compared: only fewbits loads its own file type"
+    if kind.name == "gguf":
+        try:
+            import llama_cpp  # noqa: F401
+        except ImportError:
+            return None, None, "logits not compared: llama-cpp-python is not installed (pip install fewbits[llama-cpp])"
+    from fewbits.engine import load  # here, because it imports transformers, which writing files has no need of
+
+    model = load(out)
+    tokens = _probe(model.config.get_text_config().vocab_size)
+    with torch.inference_mode():
+        ours = model(input_ids=tokens.unsqueeze(0)).logits[0].float()
+    del model  # one model in memory at a time
+    stack, theirs = _llama_cpp(out, tokens) if kind.name == "gguf" else _transformers(out, tokens)
+    return stack, _mean_kld(ours, theirs), None
+
+
+def _probe(vocabulary: int) -> Tensor:
+    """A fixed window of tokens; any will do, since both stacks get the same."""
+    return torch.randint(vocabulary, (WINDOW,), generator=torch.Generator().manual_seed(0))
+
+
+def _mean_kld(ours: Tensor, theirs: Tensor) -> float:
+    p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def _transformers(out: Path, tokens: Tensor) -> tuple[str, Tensor]:
+    import transformers
+
+    architecture = load_config(out).architectures[0]
+    auto: Any = getattr(transformers, architecture)
+    model = auto.from_pretrained(out, dtype=torch.float32, local_files_only=True)
+    with torch.inference_mode():
+        return f"transformers {transformers.__version__}", model(input_ids=tokens.unsqueeze(0)).logits[0].float()
+
+
+def load_config(out: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(out, local_files_only=True)
+
+
+def _llama_cpp(out: Path, tokens: Tensor) -> tuple[str, Tensor]:
+    import llama_cpp
+    import numpy as np
+
+    model = llama_cpp.Llama(str(out), n_ctx=WINDOW, n_batch=WINDOW, logits_all=True, verbose=False)
+    model.eval(tokens.tolist())
+    scores = np.array(model.scores[:WINDOW], dtype=np.float32)
+    model.close()
+    return f"llama.cpp (llama-cpp-python {llama_cpp.__version__})", torch.from_numpy(scores)

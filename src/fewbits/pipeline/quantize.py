@@ -1,0 +1,285 @@
+"""From a checkpoint to a smaller one, told once: open, describe, plan, then stream every tensor through its method.
+
+A tensor is read a few rows at a time, quantized, decoded again to measure its error, and written, so memory stays the
+same whatever the model's size. Tensors are spread over threads, largest first: torch's elementwise operations release
+the interpreter's lock, and a part of a million weights stays in the cache from the first operation to the last.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+import torch
+
+from fewbits.checkpoint import KINDS, Entry, Kind, Reader, Writer
+from fewbits.errors import FormatError, LedgerError, UnsupportedError, VerificationError
+from fewbits.formats import Float, Format, QTensor
+from fewbits.methods import Method, TensorMethod, method_named
+from fewbits.models import Architecture, Piece, describe, gguf_metadata
+from fewbits.pipeline._estimate import check_room, estimate, source_bytes
+from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, read_rows, row_step
+from fewbits.pipeline.verify import verify
+from fewbits.plan.rules import Choice, Plan, Rules, parse
+from fewbits.plan.rules import Tensor as PlanTensor
+from fewbits.results import Estimate, Quantization, TensorReport
+
+PART = 1 << 20  # weights quantized at a time: 4 MB as FP32, which an L3 cache holds with its temporaries
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, label) as work goes on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything decided before the first weight is read."""
+
+    source: Path
+    out: Path
+    reader: Reader
+    architecture: Architecture
+    kind: Kind
+    pieces: tuple[Piece, ...]
+    plan: Plan
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, Any]
+    method: TensorMethod
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: str | Format = "int4-g128",
+    method: str | Method = "rtn",
+    kind: str | None = None,
+    vocabulary: str | Format | None = None,
+    prove: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    announce: Callable[[Estimate, Job], None] | None = None,
+) -> Quantization:
+    """Quantize a model into a new folder or GGUF file.
+
+    model: a Hugging Face folder, or a hub name. out: a path that does not exist; a name ending in .gguf makes a GGUF
+    file. format: for the matrices; vocabulary: for embeddings and output projection (None: the file type's own rule).
+    kind: a name from `checkpoint.KINDS`, by default the first that holds the format. prove: reopen the files with an
+    independent decoder and compare every tensor. progress: called with (bytes done, bytes, label). announce: called
+    with the estimate before anything is written.
+    Raises a FewbitsError; then nothing is left at `out`.
+    """
+    job = prepare(model, out, format=format, method=method, kind=kind, vocabulary=vocabulary)
+    began = time.monotonic()
+    threads = threads or os.cpu_count() or 1
+    need = estimate(job.entries, job.method, threads, PART)
+    check_room(job.out, need.disk)
+    if announce:
+        announce(need, job)
+    reports = run(job, threads, progress)
+    if prove:
+        proof = verify(job.out, against=job.source, logits=False, progress=progress)
+        if not proof.passed:
+            raise VerificationError(
+                f"{job.out}: {len(proof.mismatches)} tensors do not read back as meant ({proof.mismatches[0]}); "
+                "do not use this output, and please report it"
+            )
+    return Quantization(
+        source=str(job.source),
+        output=str(job.out),
+        kind=job.kind.name,
+        format=parse(format).name,
+        method=job.method.name,
+        source_bytes=source_bytes(job.reader),
+        output_bytes=output_bytes(job.out),
+        weights=sum(_numel(entry.shape) for entry in job.entries),
+        seconds=time.monotonic() - began,
+        tensors=reports,
+    )
+
+
+def prepare(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: str | Format,
+    method: str | Method,
+    kind: str | None,
+    vocabulary: str | Format | None,
+) -> Job:
+    """Open the source and decide every tensor's fate; nothing is written."""
+    source, out = local_folder(model), Path(out)
+    reader = open_source(source)
+    wanted = parse(format)
+    target = choose_kind(out, wanted, kind)
+    architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
+    pieces = tuple(cut(target, architecture, reader))
+    rules = Rules(
+        format=wanted,
+        admits=lambda name, shape, f: target.admits(Entry(name, shape, f)),
+        vocabulary=None if vocabulary is None else parse(vocabulary),
+        gguf=target.name == "gguf",
+    )
+    plan = rules.plan([PlanTensor(p.name, p.role.value, p.shape, dtype_of(reader, p.source)) for p in pieces])
+    metadata = gguf_metadata(reader.config, source) if target.name == "gguf" else reader.config
+    chosen = method_named(method) if isinstance(method, str) else method
+    if not isinstance(chosen, TensorMethod):
+        raise UnsupportedError(f"method {chosen.name} works on whole blocks, which this pipeline does not stream")
+    entries = tuple(Entry(piece.name, piece.shape, plan[piece.name].format) for piece in pieces)
+    return Job(source, out, reader, architecture, target, pieces, plan, entries, metadata, chosen)
+
+
+def choose_kind(out: Path, format: Format, kind: str | None) -> Kind:
+    """The kind asked for, or GGUF by the output's name, or the first folder kind that can hold the format."""
+    if kind is not None:
+        if kind not in KINDS:
+            raise UnsupportedError(f"file type '{kind}' is not known; choose one of {', '.join(KINDS)}")
+        return KINDS[kind]
+    if out.suffix == ".gguf":
+        return KINDS["gguf"]
+    probe = Entry("model.layers.0.mlp.up_proj.weight", (4096, 4096), format)
+    return next(k for k in KINDS.values() if k.name != "gguf" and k.admits(probe) is None)
+
+
+def run(job: Job, threads: int, progress: Progress | None) -> tuple[TensorReport, ...]:
+    """Stream every piece into the output and commit it with its ledger."""
+    with job.kind.create(job.out, job.entries, job.source, job.metadata) as writer:
+        reports = stream(job, writer, threads, progress)
+        ledger = account(job, reports)
+        writer.commit(ledger_document(job, ledger))
+    return ledger
+
+
+def stream(job: Job, writer: Writer, threads: int, progress: Progress | None) -> dict[str, TensorReport]:
+    """Quantize and write all pieces on `threads` threads. The first error stops them all."""
+    stop, meter = Event(), _Meter(sum(entry.nbytes for entry in job.entries), progress)
+    largest_first = sorted(job.pieces, key=lambda piece: _numel(piece.shape), reverse=True)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        tasks = [pool.submit(_convert, job, piece, writer, meter, stop) for piece in largest_first]
+        try:
+            done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
+        except KeyboardInterrupt:
+            stop.set()
+            raise
+        if any(task.exception() for task in done):
+            stop.set()
+    reports = [task.result() for task in tasks]
+    return {report.name: report for report in reports if report is not None}
+
+
+def _convert(job: Job, piece: Piece, writer: Writer, meter: _Meter, stop: Event) -> TensorReport | None:
+    choice = job.plan[piece.name]
+    whole = not choice.format.rowwise or not job.method.rowwise
+    step = piece.shape[0] if whole and piece.shape else row_step(piece, PART)
+    squared_error = squared_norm = 0.0
+    for start in range(0, piece.shape[0] if piece.shape else 1, step):
+        if stop.is_set():
+            return None
+        w = read_rows(job.reader, piece, start, min(start + step, piece.shape[0] if piece.shape else 1))
+        part = _quantized(job.method, w, choice.format, piece.name)
+        writer.write(piece.name, part)
+        meter.add(part.nbytes, piece.name)
+        error, norm = _squares(w, part)
+        squared_error, squared_norm = squared_error + error, squared_norm + norm
+    relative = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+    return _report(job, piece, choice, relative, writer.digests[piece.name])
+
+
+def _quantized(method: TensorMethod, w: torch.Tensor, format: Format, name: str) -> QTensor:
+    try:
+        if isinstance(format, Float):
+            params = format.fit(w)
+            return QTensor(format, format.round(w, params), params)
+        return method.quantize(w.float(), format)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
+
+
+def _squares(w: torch.Tensor, part: QTensor) -> tuple[float, float]:
+    """‖w − ŵ‖² and ‖w‖²."""
+    norm = torch.linalg.vector_norm
+    return float(norm(part.dequantize().sub_(w))) ** 2, float(norm(w, dtype=torch.float32)) ** 2
+
+
+def _report(job: Job, piece: Piece, choice: Choice, error: float, digests: Mapping[str, str]) -> TensorReport:
+    changed = choice.quantized or error > 0  # a cast to fewer bits is quantization too
+    method = job.method.name if choice.quantized else "cast"
+    return TensorReport(
+        name=piece.name,
+        fate="quantized" if changed else "kept",
+        shape=piece.shape,
+        format=choice.format.name,
+        nbytes=choice.format.nbytes(piece.shape),
+        method=method if changed else None,
+        error=error if changed else None,
+        reason=choice.reason,
+        digests=digests,
+        source=piece.source,
+    )
+
+
+def account(job: Job, reports: Mapping[str, TensorReport]) -> tuple[TensorReport, ...]:
+    """The ledger: the outputs in file order, then the parameters that are in none, with the reason.
+
+    Raises LedgerError if a parameter of the source is nowhere.
+    """
+    written = [reports[entry.name] for entry in job.entries]
+    used = defaultdict(list)
+    for report in written:
+        used[report.source].append(report.name)
+    tied = [name for name in job.architecture.tied if name not in used]
+    lost = [name for name in job.reader.entries if name not in used and name not in tied]
+    if lost:
+        raise LedgerError(
+            f"{len(lost)} parameters of {job.source} have no place in the output, the first is {lost[0]}; "
+            f"{job.kind.name} files of this architecture cannot hold them"
+        )
+    return (*written, *(_tied_report(name, job.architecture.tied[name]) for name in tied))
+
+
+def _tied_report(name: str, other: str) -> TensorReport:
+    return TensorReport(
+        name=name, fate="tied", shape=(), format="", nbytes=0, reason=f"shares the weights of {other}", source=name
+    )
+
+
+def ledger_document(job: Job, ledger: tuple[TensorReport, ...]) -> dict[str, Any]:
+    """fewbits.json."""
+    return {
+        "fewbits": version("fewbits"),
+        "source": str(job.source.name),
+        "kind": job.kind.name,
+        "method": job.method.name,
+        "torch": torch.__version__,
+        "tensors": [{key: value for key, value in asdict(report).items() if value is not None} for report in ledger],
+    }
+
+
+def output_bytes(out: Path) -> int:
+    """Bytes of the weights of an output on disk."""
+    files = [out] if out.is_file() else list(out.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+class _Meter:
+    """Counts bytes from several threads and passes the sum on."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._done, self._progress, self._lock = total, 0, progress, Lock()
+
+    def add(self, nbytes: int, label: str) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._progress:
+                self._progress(self._done, self._total, label)

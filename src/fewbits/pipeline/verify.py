@@ -1,0 +1,152 @@
+"""Proof that the files say what was meant.
+
+A chain of three comparisons, each bit for bit:
+
+1. the bytes on disk are the bytes that were packed: the SHA-256 of every array equals the ledger's;
+2. the bytes mean what fewbits thinks: an independent decoder (compressed-tensors' own library, gguf-py) reads the same
+   numbers out of them;
+3. every tensor is where it belongs: kept ones equal the source, quantized ones are exactly as far from it as the
+   ledger says (a swapped or permuted tensor is not).
+
+Then the model as a whole: logits from an independent stack (transformers, llama.cpp) against fewbits' own reading.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint import Kind, Reader, open_checkpoint
+from fewbits.errors import CheckpointError
+from fewbits.models import Piece, describe
+from fewbits.pipeline._source import cut, local_folder, open_source, read_rows
+from fewbits.pipeline._stacks import LOGIT_KLD, compare_logits
+from fewbits.results import Verification
+
+Progress = Callable[[int, int, str], None]
+PART = 1 << 20  # weights compared at a time
+SAME_ERROR = 1e-4
+"""Relative difference allowed between two sums of the same squared errors in another order: float32 sums of 2^20 terms
+are good to about 2^-24 · sqrt(2^20) = 6e-5."""
+
+
+def read_ledger(out: Path) -> dict[str, Any]:
+    """The ledger of an output. Raises CheckpointError if it has none or it is damaged."""
+    path = out / "fewbits.json" if out.is_dir() else out.with_suffix(".fewbits.json")
+    try:
+        ledger = json.loads(path.read_text(encoding="utf-8"))
+        return {**ledger, "tensors": {line["name"]: line for line in ledger["tensors"]}}
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path}: not found; only outputs of fewbits carry the ledger that verify needs"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a ledger ({error}); the output is damaged, quantize again") from error
+
+
+def verify(
+    out: str | Path, against: str | Path | None = None, *, logits: bool = True, progress: Progress | None = None
+) -> Verification:
+    """Prove an output: its bytes, what an independent decoder reads in them, and (against the source) their place.
+
+    logits: also run the model in an independent stack and compare its predictions; needs the model in memory, once.
+    Raises CheckpointError if the output cannot be opened at all; everything else is listed in `mismatches`.
+    """
+    out = Path(out)
+    ledger = read_ledger(out)["tensors"]
+    kind, reader = open_checkpoint(out)
+    mismatches = [*compare_names(ledger, reader), *compare_bytes(ledger, kind.rehash(out))]
+    notes: list[str] = []
+    if mismatches:
+        notes.append("the bytes differ from the ledger, so nothing further was compared")
+    else:
+        mismatches += compare_decoders(kind, reader, progress)
+        if against is not None:
+            mismatches += compare_source(kind, reader, local_folder(against), ledger)
+    stack, divergence = None, None
+    if logits and not mismatches:
+        stack, divergence, note = compare_logits(kind, out)
+        notes += [note] if note else []
+        if divergence is not None and not divergence <= LOGIT_KLD[kind.name]:
+            mismatches.append(
+                f"{stack} predicts differently: mean KL divergence {divergence:.2g}, at most {LOGIT_KLD[kind.name]:.0e}"
+            )
+    if kind.decoder is None:
+        notes.append(f"no other library reads {kind.name} files: tensors were compared with the source only")
+    return Verification(
+        output=str(out),
+        decoder=kind.decoder,
+        tensors=len(reader.entries),
+        mismatches=tuple(mismatches),
+        stack=stack,
+        logit_kld=divergence,
+        notes=tuple(notes),
+    )
+
+
+def compare_names(ledger: Mapping[str, Any], reader: Reader) -> Iterator[str]:
+    """Every tensor of the file has its line, with that shape and format, and the other way round."""
+    written = {name: line for name, line in ledger.items() if line["fate"] in ("quantized", "kept")}
+    for name in sorted(written.keys() ^ reader.entries.keys()):
+        yield f"{name}: {'missing from the file' if name in written else 'not in the ledger'}"
+    for name in written.keys() & reader.entries.keys():
+        entry, line = reader.entries[name], written[name]
+        if (list(entry.shape), entry.format.name) != (list(line["shape"]), line["format"]):
+            yield f"{name}: is {entry.format} {list(entry.shape)}, ledger says {line['format']} {line['shape']}"
+
+
+def compare_bytes(ledger: Mapping[str, Any], found: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    for name, digests in found.items():
+        meant = ledger.get(name, {}).get("digests", {})
+        for array in sorted(digests.keys() | meant.keys()):
+            if digests.get(array) != meant.get(array):
+                yield f"{name}: the bytes of {array} are not those that were written"
+
+
+def compare_decoders(kind: Kind, reader: Reader, progress: Progress | None) -> Iterator[str]:
+    """The independent decoder's numbers against fewbits' own, bit for bit."""
+    for done, (name, theirs) in enumerate(kind.foreign(reader.path), start=1):
+        if progress:
+            progress(done, len(reader.entries), f"verify {name}")
+        different = sum(int((ours != theirs[rows]).sum()) for rows, ours in _parts(reader, name))
+        if different:
+            yield f"{name}: {kind.decoder} reads {different} of {theirs.numel()} numbers differently"
+
+
+def compare_source(kind: Kind, reader: Reader, source: Path, ledger: Mapping[str, Any]) -> Iterator[str]:
+    """Kept tensors equal the source; quantized ones are as far from it as the ledger says."""
+    original = open_source(source)
+    architecture = describe(original.config, {name: entry.shape for name, entry in original.entries.items()})
+    for piece in cut(kind, architecture, original):
+        line = ledger.get(piece.name)
+        if line is None:
+            yield f"{piece.name}: in the source, but not in the ledger"
+            continue
+        error, meant = relative_error(reader, original, piece), line.get("error", 0.0)
+        if abs(error - meant) > SAME_ERROR * meant:
+            yield f"{piece.name}: error against the source is {error:.4g}, the ledger says {meant:.4g}"
+
+
+def relative_error(reader: Reader, original: Reader, piece: Piece) -> float:
+    """‖w − ŵ‖ / ‖w‖ of one tensor, a few rows at a time."""
+    squared_error = squared_norm = 0.0
+    for rows, ours in _parts(reader, piece.name):
+        w = read_rows(original, piece, rows.start, rows.stop).float()
+        squared_error += float(torch.linalg.vector_norm(ours - w)) ** 2
+        squared_norm += float(torch.linalg.vector_norm(w)) ** 2
+    return (squared_error / squared_norm) ** 0.5 if squared_norm else float(squared_error > 0)
+
+
+def _parts(reader: Reader, name: str) -> Iterator[tuple[slice, Tensor]]:
+    """Numbers of a tensor as fewbits reads them, float32, in slabs of rows where its format allows it."""
+    entry = reader.entries[name]
+    rows = entry.shape[0] if entry.shape else 1
+    step = max(1, PART * rows // torch.Size(entry.shape).numel()) if entry.format.rowwise and entry.shape else rows
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        yield part, reader.read(name, part if step < rows else None).dequantize()
