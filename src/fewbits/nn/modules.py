@@ -1,0 +1,137 @@
+"""Linear and embedding layers that hold their weight packed and decode it at every use.
+
+The packed arrays are buffers of a small module of their own, `PackedWeight`, so that an embedding and an output layer
+tied to it share one: moving, copying or pickling the model keeps them shared, as it does for a tied parameter.
+
+Arrays of floating point (scales) are stored as integers of the same width: `model.half()` or `.to(bfloat16)` casts
+every floating-point buffer, and a scale that is cast is another scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.errors import UnsupportedError
+from fewbits.formats import Format, QTensor
+from fewbits.kernels import Packed, embedding, linear
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer dtype of each width in bytes."""
+
+
+class PackedWeight(nn.Module):
+    """The bytes of a matrix [out_features, in_features] in a format; the state dict has them under the arrays' names.
+
+    `dtype` is the floating-point type that the matrix pretends to have; `.to(dtype)` changes it.
+    """
+
+    def __init__(
+        self, format: Format, shape: tuple[int, ...], arrays: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.format, self.shape = format, shape
+        self._dtypes = {name: array.dtype for name, array in arrays.items()}
+        for name, array in arrays.items():
+            self.register_buffer(name, array.contiguous().view(_BITS[array.dtype.itemsize]))
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
+
+    @classmethod
+    def of(cls, weight: QTensor, dtype: torch.dtype = torch.float32) -> PackedWeight:
+        return cls(weight.format, weight.shape, weight.pack(), dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.get_buffer("_like").dtype
+
+    def view(self) -> Packed:
+        """The weight as the kernels take it; shares memory with the buffers."""
+        arrays = {name: self.get_buffer(name).view(dtype) for name, dtype in self._dtypes.items()}
+        return Packed(self.format, self.shape, arrays)
+
+    def decode(self) -> Tensor:
+        """The whole matrix in `dtype`."""
+        w = torch.empty(self.shape, dtype=self.dtype, device=self.get_buffer("_like").device)
+        for rows, block in self.view().blocks():
+            w[rows] = block
+        return w
+
+    def extra_repr(self) -> str:
+        nbytes = self.format.nbytes(self.shape)
+        bits_per_weight = 8 * nbytes / (self.shape[0] * self.shape[1])
+        return f"{self.format}, {list(self.shape)}, {nbytes:,} bytes, {bits_per_weight:.3g} bits per weight"
+
+
+class _Quantized(nn.Module):
+    """A layer around a PackedWeight."""
+
+    def __init__(self, store: PackedWeight) -> None:
+        super().__init__()
+        self.store = store
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded matrix, a fresh copy at every access, for code that reads it instead of calling the layer."""
+        return self.store.decode()
+
+
+class QuantizedLinear(_Quantized):
+    """y = x · Wᵀ + bias for x [..., in_features], W packed; y has the dtype of x. Inference: W is not trained."""
+
+    def __init__(self, store: PackedWeight, bias: Tensor | None = None) -> None:
+        super().__init__(store)
+        self.out_features, self.in_features = store.shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.store.view(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QuantizedEmbedding(_Quantized):
+    """Rows of a packed table [num_embeddings, embedding_dim], in the store's dtype."""
+
+    def __init__(self, store: PackedWeight, padding_idx: int | None = None) -> None:
+        super().__init__(store)
+        self.num_embeddings, self.embedding_dim = store.shape
+        self.padding_idx = padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.store.view(), self.store.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+def can_replace(module: nn.Module) -> bool:
+    """Whether a layer is exactly a linear layer or an embedding lookup.
+
+    A subclass may compute something else (Gemma's embedding scales its rows) or have its weight read by its parent
+    (attention's output projection in torch), so it is left alone.
+    """
+    return type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
+
+
+def replace(model: nn.Module, name: str, store: PackedWeight) -> None:
+    """Swap the linear layer or embedding called `name` for a quantized one. A bias stays as it is.
+
+    Raises UnsupportedError unless `can_replace`.
+    """
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(name)
+    if not can_replace(module):
+        raise UnsupportedError(
+            f"{name} is a {type(module).__name__}; only a plain Linear or Embedding can hold packed weights, "
+            "so decode this one"
+        )
+    new: nn.Module
+    if isinstance(module, nn.Linear):
+        new = QuantizedLinear(store)
+        new.bias = module.bias
+    else:
+        new = QuantizedEmbedding(store, getattr(module, "padding_idx", None))
+    setattr(model.get_submodule(parent), leaf, new.train(module.training))
