@@ -8,11 +8,15 @@ written, so a file's header comes first and its data can be streamed: nobody eve
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from types import TracebackType
+from typing import Any, ClassVar, Self
 
+from torch import Tensor
+
+from fewbits.errors import UnsupportedError
 from fewbits.formats import Format, QTensor
 
 
@@ -34,7 +38,7 @@ class Reader(ABC):
 
     path: Path
     config: dict[str, Any]
-    """The model's configuration as transformers writes it (config.json)."""
+    """The model's configuration as transformers writes it (config.json), less what it says about quantization."""
     entries: Mapping[str, Entry]
 
     @abstractmethod
@@ -43,6 +47,10 @@ class Reader(ABC):
 
         Raises CheckpointError if its bytes are missing or damaged.
         """
+
+    def digests(self, name: str) -> dict[str, str]:
+        """SHA-256, in hex, of each array of an entry as its bytes lie in the file now: what `Writer.digests` held."""
+        raise UnsupportedError(f"{self.path}: '{name}' cannot be hashed again, because its arrays have no names there")
 
 
 class Writer(ABC):
@@ -67,7 +75,15 @@ class Writer(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """Remove everything written so far. Safe to call at any time, more than once."""
+        """Remove everything written so far. Safe to call at any time, more than once; does nothing after `commit`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
 
 
 class Kind(ABC):
@@ -95,3 +111,15 @@ class Kind(ABC):
 
         Raises UnsupportedError for an entry that `admits` refuses, OutputError if the path exists or the disk is full.
         """
+
+    def foreign(self, path: Path) -> Iterator[tuple[str, Tensor]] | None:
+        """(entry name, weight in float32) of a checkpoint, decoded by a library that is not ours, one at a time.
+
+        None where no such library exists, as for our own kind.
+        """
+        return None
+
+    def rehash(self, path: Path) -> dict[str, dict[str, str]]:
+        """Entry name -> array name -> SHA-256 of the bytes in the file now, to compare with a ledger's digests."""
+        reader = self.open(path)
+        return {name: reader.digests(name) for name in reader.entries}

@@ -1,0 +1,108 @@
+"""Weights of a compressed-tensors folder as that library itself decodes them: the proof of what we wrote.
+
+Nothing here uses our reader or our formats. Scales are widened to FP32 first, because the library computes in their
+type. Its FP4 decompressors compute in BF16, so there its own unpacking and its own dequantization are called in FP32.
+A weight is decoded some rows at a time, since the library makes several 32-bit copies on the way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+LOCALS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape")
+SLAB = 1 << 22  # weights decoded at a time
+BLOCK = 32  # rows whose packed zero-points fill whole words
+
+
+def decoded_by_the_library(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(entry name, float32 weight) of each tensor, quantized or not."""
+    config = json.loads((path / "config.json").read_text())
+    from compressed_tensors.quantization import QuantizationConfig
+
+    quantization = QuantizationConfig.model_validate(config["quantization_config"])
+    files = _files(path)
+    for name in files:
+        module, _, local = name.rpartition(".")
+        quantized = f"{module}.weight_scale" in files
+        if quantized and local in ("weight_packed", "weight"):
+            state = {key: _load(files, f"{module}.{key}") for key in LOCALS if f"{module}.{key}" in files}
+            yield f"{module}.weight", _weight(state, _scheme(quantization, module))
+        elif not (quantized and local in LOCALS):
+            yield name, _load(files, name).float()
+
+
+def _files(path: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            files |= dict.fromkeys(opened.keys(), file)
+    return files
+
+
+def _load(files: dict[str, Path], name: str) -> Tensor:
+    with safe_open(files[name], "pt") as opened:  # anew for each, because a mapping keeps every page it has shown
+        found: Tensor = opened.get_tensor(name)
+        return found
+
+
+def _scheme(quantization: Any, module: str) -> Any:
+    """The scheme of a module, by the library's own matching; its arrays show that it is a linear layer."""
+    from compressed_tensors.utils.match import is_match
+
+    layer = torch.nn.Linear(1, 1, device="meta")
+    schemes = quantization.config_groups.values()
+    return next(s for s in schemes if is_match(module, layer, s.targets, quantization.ignore))
+
+
+def _weight(state: dict[str, Tensor], scheme: Any) -> Tensor:
+    rows = (state["weight_packed"] if "weight_packed" in state else state["weight"]).shape[0]
+    columns = state["weight_shape"][1] if "weight_shape" in state else next(iter(state.values())).shape[1] * 2
+    step = max(BLOCK, SLAB // int(columns) // BLOCK * BLOCK)
+    slabs = (_slab(state, range(i, min(i + step, rows)), rows, scheme) for i in range(0, rows, step))
+    return torch.cat([_decompressed(slab, scheme) for slab in slabs])
+
+
+def _slab(state: dict[str, Tensor], rows: range, total: int, scheme: Any) -> dict[str, Tensor]:
+    """The state of some rows. Zero-points may be packed along them, so rows start at a multiple of BLOCK."""
+    bits = scheme.weights.num_bits
+    slab = {}
+    for name, array in state.items():
+        if name == "weight_shape":
+            slab[name] = torch.tensor([len(rows), int(array[1])])
+        elif name == "weight_zero_point" and array.dtype == torch.int32:
+            slab[name] = array[rows.start * bits // 32 : -(-rows.stop * bits // 32)]
+        else:
+            slab[name] = array[rows.start : rows.stop] if array.shape[0] == total and array.dim() == 2 else array
+    return slab
+
+
+def _decompressed(state: dict[str, Tensor], scheme: Any) -> Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    if scheme.format.startswith(("nvfp4", "mxfp4")):
+        return _fp4(state, scheme, compressor)
+    weight: Tensor = compressor.decompress(state | {"weight_scale": state["weight_scale"].float()}, scheme)["weight"]
+    return weight
+
+
+def _fp4(state: dict[str, Tensor], scheme: Any, compressor: Any) -> Tensor:
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    rows, pairs = state["weight_packed"].shape
+    weight: Tensor = dequantize(
+        x_q=unpack_fp4_from_uint8(state["weight_packed"], rows, 2 * pairs, dtype=torch.float32),
+        scale=compressor._decompress_scale(state["weight_scale"], torch.float32),
+        args=scheme.weights,
+        global_scale=state.get("weight_global_scale"),
+        dtype=torch.float32,
+    )
+    return weight

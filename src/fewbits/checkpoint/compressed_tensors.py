@@ -1,0 +1,280 @@
+"""compressed-tensors: the safetensors layouts of vllm-project/compressed-tensors, which transformers and vLLM load.
+
+A linear layer `M` with weight [N, K] becomes, by the format of its weight:
+
+    pack-quantized         Affine, 2 to 8 bits    M.weight_packed  int32 [N, ⌈K·b/32⌉], codes + 2^(b−1), LSB first
+                                                  M.weight_scale   [N, G] per group, [N, 1] per row, [1] per tensor
+                                                  M.weight_shape   int64 [2]
+                                                  M.weight_zero_point  int32 [⌈N·b/32⌉, G], packed along dimension 0
+    int-quantized          Affine, 8 bits         M.weight int8 [N, K], M.weight_scale, M.weight_zero_point int8
+    float-quantized        FP8 E4M3               M.weight float8_e4m3fn, M.weight_scale
+    mxfp4-pack-quantized   MXFP4                  M.weight_packed uint8 [N, K/2], low nibble first; M.weight_scale E8M0
+    nvfp4-pack-quantized   NVFP4                  the same with M.weight_scale E4M3, and M.weight_global_scale [1]
+
+and config.json gets a `quantization_config` that says which module is stored how. Where all quantized modules share one
+scheme it targets the class `Linear` and lists the modules that stay in floating point under `ignore`; otherwise each
+scheme targets its modules by name, compacted to regular expressions. Sources: compressors/ and quantization/ of
+compressed-tensors 0.19.
+
+What the layouts cannot say is refused: groups that do not divide in_features (the library raises), zero-points or
+global scales of mixture-of-experts weights (transformers drops them when it fuses the experts), embeddings (a target
+`Linear` does not match them, and engines look rows up in floating point).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fewbits.checkpoint import _ct_layouts as layouts
+from fewbits.checkpoint._arrays import CONFIG, ArrayFolder, read_json
+from fewbits.checkpoint._ct_foreign import decoded_by_the_library
+from fewbits.checkpoint._ct_layouts import Layout
+from fewbits.checkpoint._ct_targets import compact
+from fewbits.checkpoint._writer import FolderWriter
+from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
+from fewbits.checkpoint.huggingface import float_trouble, require_admitted
+from fewbits.errors import CheckpointError
+from fewbits.formats import ArraySpec, Float, QTensor
+
+METHOD = "compressed-tensors"
+WEIGHT = ".weight"
+OUTPUTS = ("lm_head", "embed_out", "cls.predictions.decoder", "lm_head.decoder")
+"""Names of output projections: a tied one has no entry, yet is a Linear that must not be taken for quantized."""
+ACTIVATION_ARRAYS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "k_scale", "v_scale")
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|[^.]*embed(?!_out)[^.]*)\.weight$")
+
+
+@dataclass(frozen=True)
+class CompressedTensors(Kind):
+    """int8_layout: how INT8 per row is stored. Engines take pack-quantized for weights alone; INT8 per tensor is always
+    int-quantized, because they have no packed path for it.
+    """
+
+    int8_layout: Literal["pack-quantized", "int-quantized"] = "pack-quantized"
+
+    name = "compressed-tensors"
+    summary = "quantized safetensors folder: transformers and vLLM"
+
+    def detect(self, path: Path) -> bool:
+        try:
+            return _quantization(read_json(path / CONFIG)).get("quant_method") == METHOD
+        except CheckpointError:
+            return False
+
+    def open(self, path: Path) -> Reader:
+        return CompressedReader(path)
+
+    def admits(self, entry: Entry) -> str | None:
+        if isinstance(entry.format, Float):
+            return float_trouble(entry)
+        trouble = _name_trouble(entry) or layouts.trouble(entry.format, entry.shape)
+        if trouble is None and _EXPERT.search(entry.name):
+            trouble = self._layout(entry).expert_trouble()
+        return f"{entry.name}: {trouble}" if trouble else None
+
+    def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
+        require_admitted(self, entries)
+        chosen = {e.name: self._layout(e) for e in entries if not isinstance(e.format, Float)}
+        return CompressedWriter(path, entries, source, config, chosen)
+
+    def foreign(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+        return decoded_by_the_library(path)
+
+    def _layout(self, entry: Entry) -> Layout:
+        return layouts.layout_of(entry.format, int8_layout=self.int8_layout)
+
+
+class CompressedWriter(FolderWriter):
+    """Writes each quantized entry in its layout, everything else as it is."""
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Sequence[Entry],
+        source: Path,
+        config: Mapping[str, Any],
+        chosen: Mapping[str, Layout],
+    ) -> None:
+        self._layouts = chosen
+        self._matrices = [e.name.removesuffix(WEIGHT) for e in entries if len(e.shape) == 2 and e.name.endswith(WEIGHT)]
+        self._zeros: dict[str, list[Tensor]] = defaultdict(list)
+        super().__init__(path, entries, source, config)
+
+    def arrays(self, entry: Entry) -> dict[str, ArraySpec]:
+        layout = self._layouts.get(entry.name)
+        if layout is None:
+            return {entry.name: entry.format.arrays(entry.shape)["weight"]}
+        return _named(entry.name, layout.arrays(entry.shape))
+
+    def encode(self, entry: Entry, part: QTensor, *, last: bool) -> dict[str, Tensor]:
+        layout = self._layouts.get(entry.name)
+        if layout is None:
+            return {entry.name: part.codes}
+        arrays = layout.encode(part)
+        if layout.zeros_span_rows:
+            self._zeros[entry.name].append(arrays.pop("weight_zero_point"))
+        if last:
+            arrays |= layout.closing(entry.shape, self._zeros.pop(entry.name, []))
+        return _named(entry.name, arrays)
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        modules = {name.removesuffix(WEIGHT): layout for name, layout in self._layouts.items()}
+        plain = super().config(config)
+        return plain | {"quantization_config": quantization_config(modules, self._matrices)} if modules else plain
+
+
+class CompressedReader(Reader):
+    """Entries named as before compression, in the formats that the configuration and the arrays declare."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_json(path / CONFIG)
+        self._groups = _groups(path, _quantization(self.config))
+        for key in ("quantization_config", "compression_config"):
+            self.config.pop(key, None)
+        self._folder = ArrayFolder(path)
+        self._layouts: dict[str, Layout] = {}
+        self.entries = self._find_entries()
+
+    def read(self, name: str, rows: slice | None = None) -> QTensor:
+        layout = self._layouts.get(name)
+        if layout is None:
+            array = self._folder.read(name, rows)
+            return QTensor(Float(array.dtype), array, {})
+        entry = self.entries[name]
+        if rows is not None and not entry.format.rowwise:
+            raise CheckpointError(f"{self.path}: '{name}' is {entry.format}, whose rows share params; read it whole")
+        span = range(entry.shape[0])[rows] if rows is not None else range(entry.shape[0])
+        return layout.decode(lambda array, part: self._folder.read(_local(name, array), part), entry.shape, span)
+
+    def digests(self, name: str) -> dict[str, str]:
+        layout = self._layouts.get(name)
+        names = [name] if layout is None else list(_named(name, layout.arrays(self.entries[name].shape)))
+        return {array: self._folder.located(array).sha256() for array in names}
+
+    def _find_entries(self) -> dict[str, Entry]:
+        entries: dict[str, Entry] = {}
+        parts: set[str] = set()
+        for array in self._folder.arrays:
+            module, _, local = array.rpartition(".")
+            if local in ("weight", "weight_packed") and f"{module}.weight_scale" in self._folder.arrays:
+                entries[module + WEIGHT] = self._quantized(module)
+                layout = self._layouts[module + WEIGHT]
+                parts |= _named(module + WEIGHT, layout.arrays(entries[module + WEIGHT].shape)).keys()
+        for array, located in self._folder.arrays.items():
+            if array not in parts and array.rpartition(".")[2] not in ACTIVATION_ARRAYS:
+                entries[array] = Entry(array, located.shape, Float(located.dtype))
+        return entries
+
+    def _quantized(self, module: str) -> Entry:
+        name = module + WEIGHT
+        group = _group_of(module, self._groups)
+        found = {k.rpartition(".")[2]: a for k, a in _arrays_of(module, self._folder).items()}
+        if group is None:
+            raise CheckpointError(
+                f"{self.path}: '{module}' is quantized, but no group of quantization_config targets it"
+            )
+        if "weight_g_idx" in found:
+            raise CheckpointError(f"{self.path}: '{module}' has reordered activations (weight_g_idx), not supported")
+        layout = layouts.layout_for(f"{self.path}: '{module}'", group, found["weight_scale"].dtype)
+        shape = layout.shape(found, lambda array: self._folder.read(_local(name, array)))
+        for array, spec in _named(name, layout.arrays(shape)).items():
+            self._require(array, spec, layout)
+        self._layouts[name] = layout
+        return Entry(name, shape, layout.format)
+
+    def _require(self, name: str, spec: ArraySpec, layout: Layout) -> None:
+        found = self._folder.located(name)
+        same_size = found.shape == spec.shape or (name.endswith("_scale") and found.nbytes == spec.nbytes)
+        if not same_size or (found.dtype != spec.dtype and not name.endswith("weight_scale")):
+            raise CheckpointError(
+                f"{found.file}: '{name}' is {found.dtype} {list(found.shape)}, but {layout.compression} of "
+                f"{layout.format} needs {spec.dtype} {list(spec.shape)}; the file is damaged or of another version"
+            )
+
+
+def quantization_config(modules: Mapping[str, Layout], matrices: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of these quantized modules; `matrices` names every module with a 2-D weight."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for module, layout in modules.items():
+        groups[json.dumps({"weights": layout.weights(), "format": layout.compression})].append(module)
+    # transformers takes the experts' scheme from the first group whose expressions mention them.
+    ordered = sorted(groups, key=lambda scheme: not any(_EXPERT.search(f"{m}.") for m in groups[scheme]))
+    targets = [["Linear"]] if len(groups) == 1 else compact([groups[scheme] for scheme in ordered])
+    compressions = {layout.compression for layout in modules.values()}
+    return {
+        "quant_method": METHOD,
+        "format": compressions.pop() if len(compressions) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {"targets": target, "input_activations": None, "output_activations": None}
+            | json.loads(scheme)
+            for i, (scheme, target) in enumerate(zip(ordered, targets, strict=True))
+        },
+        "ignore": [name for name in dict.fromkeys((*matrices, *OUTPUTS)) if name not in modules],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": version("compressed-tensors"),
+    }
+
+
+def _name_trouble(entry: Entry) -> str | None:
+    if _EMBEDDING.search(entry.name):
+        return "compressed-tensors keeps embeddings in floating point; keep it, or write gguf or fewbits instead"
+    if len(entry.shape) != 2 or not entry.name.endswith(WEIGHT):
+        return (
+            f"compressed-tensors quantizes matrices named '….weight', not {list(entry.shape)}; keep it in floating "
+            "point, split fused experts into one entry each, or write fewbits instead"
+        )
+    return None
+
+
+def _named(entry: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {_local(entry, array): value for array, value in arrays.items()}
+
+
+def _local(entry: str, array: str) -> str:
+    """`M.weight` and `weight_scale` make `M.weight_scale`."""
+    return entry.removesuffix("weight") + array
+
+
+def _arrays_of(module: str, folder: ArrayFolder) -> dict[str, Any]:
+    locals_ = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_g_idx")
+    names = (f"{module}.{local}" for local in locals_)
+    return {name: folder.arrays[name] for name in names if name in folder.arrays}
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("quantization_config") or config.get("compression_config") or {}
+    return found if isinstance(found, dict) else {}
+
+
+def _groups(path: Path, quantization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The config groups, each with its own `format`."""
+    whole = quantization.get("format")
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) and "targets" in g for g in groups.values()):
+        raise CheckpointError(f"{path / CONFIG}: quantization_config has no config_groups with targets")
+    return [g | {"format": g.get("format") or whole} for g in groups.values()]
+
+
+def _group_of(module: str, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The group that targets this module: by name or expression first, else by class, which its arrays imply."""
+    for group in groups:
+        for target in group["targets"]:
+            expression = target.removeprefix("re:")
+            if target == module or (expression != target and re.match(expression, module)):
+                return group
+    classes = [g for g in groups if any(not t.startswith("re:") and "." not in t for t in g["targets"])]
+    return classes[0] if classes else None

@@ -1,0 +1,101 @@
+"""Floating-point checkpoints as transformers saves them: safetensors files and config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from fewbits.checkpoint._arrays import CONFIG, NAMES, ArrayFolder, read_json, safetensors_in
+from fewbits.checkpoint._writer import FolderWriter
+from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
+from fewbits.errors import CheckpointError, UnsupportedError
+from fewbits.formats import ArraySpec, Float, QTensor
+
+
+class HuggingFace(Kind):
+    """Safetensors folders without quantization; every tensor is an entry in the format that is its dtype."""
+
+    name = "huggingface"
+    summary = "floating-point safetensors folder: transformers, vLLM and everything else"
+
+    def detect(self, path: Path) -> bool:
+        return bool(safetensors_in(path))
+
+    def open(self, path: Path) -> Reader:
+        return FloatReader(path)
+
+    def admits(self, entry: Entry) -> str | None:
+        if isinstance(entry.format, Float):
+            return float_trouble(entry)
+        return (
+            f"{entry.name}: a {self.name} folder holds floating point only, not {entry.format}; "
+            "write compressed-tensors, gguf or fewbits instead"
+        )
+
+    def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
+        require_admitted(self, entries)
+        return FloatWriter(path, entries, source, config)
+
+    def foreign(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+        for file in safetensors_in(path):
+            yield from _by_the_library(file)
+
+
+class FloatReader(Reader):
+    """A folder whose arrays are the entries."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_json(path / CONFIG)
+        method = self.config.get("quantization_config", {}).get("quant_method")
+        if method is not None:
+            raise CheckpointError(
+                f"{path}: quantized by {method}, which fewbits does not read; start from the floating-point original"
+            )
+        self._folder = ArrayFolder(path)
+        self.entries = {
+            name: Entry(name, array.shape, Float(array.dtype)) for name, array in self._folder.arrays.items()
+        }
+
+    def read(self, name: str, rows: slice | None = None) -> QTensor:
+        array = self._folder.read(name, rows)
+        return QTensor(Float(array.dtype), array, {})
+
+    def digests(self, name: str) -> dict[str, str]:
+        return {name: self._folder.located(name).sha256()}
+
+
+class FloatWriter(FolderWriter):
+    """Each entry is one array of the same name."""
+
+    def arrays(self, entry: Entry) -> dict[str, ArraySpec]:
+        return {entry.name: entry.format.arrays(entry.shape)["weight"]}
+
+    def encode(self, entry: Entry, part: QTensor, *, last: bool) -> dict[str, Tensor]:
+        return {entry.name: part.codes}
+
+
+def float_trouble(entry: Entry) -> str | None:
+    """Why a safetensors file cannot hold this Float entry, if it cannot."""
+    dtype = entry.format.arrays(entry.shape)["weight"].dtype
+    return None if dtype in NAMES else f"{entry.name}: safetensors has no type for {dtype}; cast it first"
+
+
+def require_admitted(kind: Kind, entries: Sequence[Entry]) -> None:
+    """Raise UnsupportedError with the kind's sentence on the first entry it cannot hold."""
+    for entry in entries:
+        trouble = kind.admits(entry)
+        if trouble is not None:
+            raise UnsupportedError(trouble)
+
+
+def _by_the_library(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(file, "pt") as listed:
+        names = list(listed.keys())
+    for name in names:
+        with safe_open(file, "pt") as opened:  # opened anew, because its mapping keeps every page it has shown
+            yield name, opened.get_tensor(name).float()
