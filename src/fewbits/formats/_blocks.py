@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FormatError
-from fewbits.formats.base import Arrays, ArraySpec, Grouped, Params
+from fewbits.formats.base import Arrays, ArraySpec, Grouped, Params, require_finite
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,16 @@ class Block(Grouped):
 
     def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
         return {"blocks": ArraySpec(torch.uint8, (*shape[:-1], shape[-1] // self.group * self.block_bytes))}
+
+    @abstractmethod
+    def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
+        """Codes and params of x, float32 [..., G, g], exactly as the reference encoder chooses them."""
+
+    def plain(self, w: Tensor) -> tuple[Tensor, Params]:
+        self.check(tuple(w.shape))
+        codes, params = self.plain_groups(self._grouped(w.float()))
+        require_finite(w, params, self.name)
+        return self._ungrouped(codes, w.shape), params
 
     @abstractmethod
     def to_fields(self, codes: Tensor, params: Params) -> dict[str, Tensor]:

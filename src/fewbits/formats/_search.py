@@ -3,7 +3,8 @@
 For fixed codes with levels v the best scale is Σ h·x·v / Σ h·v² (h the importance), and the error it leaves is
 Σ h·x² − (Σ h·x·v)² / Σ h·v². So a candidate scale costs one rounding and two sums: round at the candidate, then score
 the codes by how much of Σ h·x² their best scale explains. The best candidate's best scale is then stored in the
-format's own type, and rounding at the stored scale can only lower the error again.
+format's own type, which can cost more than the search gained where that type is coarse: the format compares what it
+stored with the range's scale in the end (`Grouped.least_error`).
 (The objective that llama.cpp's make_qx_quants maximises; here for any grid.)
 """
 
@@ -18,8 +19,11 @@ POLISH = 2  # rounds of solving for the scale and rounding again, after the best
 
 
 def inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 where scale is 0: a group of zeros stays zero."""
-    return torch.where(scale == 0, torch.zeros_like(scale), scale.reciprocal())
+    """1 / scale, and 0 where scale is 0: a group of zeros stays zero.
+
+    A subnormal scale counts as 0, because its inverse may be infinite.
+    """
+    return torch.where(scale.abs() < torch.finfo(scale.dtype).tiny, torch.zeros_like(scale), scale.reciprocal())
 
 
 def weighted_sum(x: Tensor, y: Tensor, importance: Tensor | None) -> Tensor:

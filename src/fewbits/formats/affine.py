@@ -121,7 +121,9 @@ class Affine(Scaled):
         start = x.abs().amax(-1).div_(self.highest)
         if not search:
             return self.stored(start)
-        return self.stored(best_scale(x, start, search_factors(self.bits), self._nearest, importance))
+        best = best_scale(x, start, search_factors(self.bits), self._nearest, importance)
+        candidates = [{"scale": self.stored(scale)} for scale in (start, best)]
+        return self.least_error(x, candidates, importance)["scale"]
 
     def _nearest(self, t: Tensor) -> Tensor:
         return t.round_().clamp_(self.lowest, self.highest)
@@ -135,15 +137,7 @@ class Affine(Scaled):
         solved = self.stored(solved.abs())
         exact = -offset * inverse(solved)
         candidates = [(scale, zero), (solved, self._zero(exact.floor())), (solved, self._zero(exact.ceil()))]
-        best, best_error = {"scale": scale, "zero": zero}, torch.full_like(scale, torch.inf)
-        for s, z in candidates:
-            p = {"scale": s.unsqueeze(-1), "zero": z.unsqueeze(-1)}
-            residual = self.decode_at(self.round_at(x, p), p).sub_(x).square_()
-            error = (residual if importance is None else residual * importance).sum(-1)
-            better = error < best_error
-            best = {"scale": torch.where(better, s, best["scale"]), "zero": torch.where(better, z, best["zero"])}
-            best_error = torch.where(better, error, best_error)
-        return best
+        return self.least_error(x, [{"scale": s, "zero": z} for s, z in candidates], importance)
 
 
 AFFINE = tuple(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias
 
@@ -177,7 +177,7 @@ class Grouped(Format):
 
     def fit(self, w: Tensor, importance: Tensor | None = None, *, search: bool = False) -> Params:
         self.check(tuple(w.shape))
-        x = self._grouped(w.float())
+        x = self._grouped(w.float().contiguous())  # sums must not depend on strides
         if importance is not None:
             importance = self._grouped(importance.float().expand(w.shape))
         elif self._padding(w.shape[-1]):
@@ -191,6 +191,22 @@ class Grouped(Format):
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         return self._ungrouped(self.decode_at(self._grouped(codes), _unsqueezed(params)), codes.shape)
+
+    def least_error(self, x: Tensor, candidates: Sequence[Params], importance: Tensor | None) -> Params:
+        """For every group of x (grouped view) the candidate with the least squared error; a tie goes to the first.
+
+        A search ends here, with the params from the range as first candidate, so that searching never makes it worse.
+        Params of another shape than [..., G] (one per matrix) must be the same in all candidates.
+        """
+        best, least = dict(candidates[0]), torch.full(x.shape[:-1], torch.inf, device=x.device)
+        for params in candidates:
+            at = _unsqueezed(params)
+            residual = self.decode_at(self.round_at(x, at), at).sub_(x).square_()
+            error = (residual if importance is None else residual.mul_(importance)).sum(-1)
+            better = error < least
+            best = {k: torch.where(better, p, best[k]) if p.shape == error.shape else p for k, p in params.items()}
+            least = torch.where(better, error, least)
+        return best
 
     def at_columns(self, params: Params, columns: Tensor) -> Params:
         if not isinstance(self.group, int):

@@ -74,7 +74,8 @@ class NormalFloat(Grouped):
         scale = x.abs().amax(-1)
         if search:
             factors = [1.0 - 0.04 * i for i in range(10)]
-            scale = best_scale(x, scale, factors, lambda t: self._values(self._codes(t)), importance)
+            best = best_scale(x, scale, factors, lambda t: self._values(self._codes(t)), importance)
+            scale = self.least_error(x, [{"scale": scale}, {"scale": best}], importance)["scale"]
         return self._nested(scale) if self.double else {"scale": scale}
 
     def round_at(self, x: Tensor, params: Params) -> Tensor:
@@ -104,7 +105,7 @@ class NormalFloat(Grouped):
 
     def _codes(self, t: Tensor) -> Tensor:
         levels = self.levels.to(t.device)
-        return torch.bucketize(t, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        return torch.bucketize(t.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
     def _values(self, codes: Tensor) -> Tensor:
         return self.levels.to(codes.device)[codes.int()]

@@ -29,7 +29,10 @@ from fewbits.formats._blocks import Block, from_half_bytes, half_bytes
 from fewbits.formats._search import best_affine, best_scale, inverse
 from fewbits.formats.base import Params
 
-HALF = torch.float16
+
+def _stored(**params: Tensor) -> Params:
+    """Scales and offsets as their FP16 bytes will hold them."""
+    return {name: p.to(torch.float16).float() for name, p in params.items()}
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,13 @@ class _Centred(_Nibbled):
         return torch.arange(-self.zero, self.zero, dtype=torch.float32)
 
     def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
-        scale = self._reference_scale(x)
-        if search:
-            reach = [1.06 - 0.04 * i for i in range(10)]
-            scale = best_scale(x, scale, [*reach, *(-f for f in reach)], self._nearest, importance)
-        return {"scale": scale.to(HALF).float()}
+        start = self._reference_scale(x)
+        plain = _stored(scale=start)
+        if not search:
+            return plain
+        reach = [1.06 - 0.04 * i for i in range(10)]
+        best = best_scale(x, start, [*reach, *(-f for f in reach)], self._nearest, importance)
+        return self.least_error(x, [plain, _stored(scale=best)], importance)
 
     def round_at(self, x: Tensor, params: Params) -> Tensor:
         q = (x * inverse(params["scale"])).round_().add_(self.zero)
@@ -87,11 +92,10 @@ class _Centred(_Nibbled):
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return (codes.float() - self.zero).mul_(params["scale"])
 
-    def plain(self, w: Tensor) -> tuple[Tensor, Params]:
-        params = self.fit(w)
-        x = self._grouped(w.float())
-        q = (x * inverse(self._reference_scale(x)).unsqueeze(-1)).add_(self.zero + 0.5)
-        return self._ungrouped(q.clamp_(0, self.highest).to(torch.uint8), w.shape), params
+    def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
+        scale = self._reference_scale(x)
+        q = (x * inverse(scale).unsqueeze(-1)).add_(self.zero + 0.5)
+        return q.clamp_(0, self.highest).to(torch.uint8), _stored(scale=scale)
 
     def to_fields(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         return {"d": half_bytes(params["scale"])} | self.code_fields(codes)
@@ -104,8 +108,8 @@ class _Centred(_Nibbled):
         low, high = x.amin(-1), x.amax(-1)
         peak = torch.where(high > -low, high, low)
         tie = high == -low
-        if bool(tie.any()):
-            peak = torch.where(tie, x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1), peak)
+        tied = x[tie]
+        peak[tie] = tied.gather(-1, tied.abs().argmax(-1, keepdim=True)).squeeze(-1)
         return peak / -self.zero
 
     def _nearest(self, t: Tensor) -> Tensor:
@@ -122,10 +126,12 @@ class _Offset(_Nibbled):
 
     def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
         scale, offset = self._reference_range(x)
-        if search:
-            factors = [1.05 - 0.05 * i for i in range(10)]
-            scale, offset = best_affine(x, offset, x.amax(-1), self.highest, factors, importance)
-        return {"scale": scale.to(HALF).float(), "offset": offset.to(HALF).float()}
+        plain = _stored(scale=scale, offset=offset)
+        if not search:
+            return plain
+        factors = [1.05 - 0.05 * i for i in range(10)]
+        scale, offset = best_affine(x, offset, x.amax(-1), self.highest, factors, importance)
+        return self.least_error(x, [plain, _stored(scale=scale, offset=offset)], importance)
 
     def round_at(self, x: Tensor, params: Params) -> Tensor:
         q = (x - params["offset"]).mul_(inverse(params["scale"])).round_()
@@ -134,12 +140,10 @@ class _Offset(_Nibbled):
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return (codes * params["scale"]).add_(params["offset"])
 
-    def plain(self, w: Tensor) -> tuple[Tensor, Params]:
-        params = self.fit(w)
-        x = self._grouped(w.float())
+    def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
         scale, offset = self._reference_range(x)
         q = (x - offset.unsqueeze(-1)).mul_(inverse(scale).unsqueeze(-1)).add_(0.5)
-        return self._ungrouped(q.clamp_(0, self.highest).to(torch.uint8), w.shape), params
+        return q.clamp_(0, self.highest).to(torch.uint8), _stored(scale=scale, offset=offset)
 
     def to_fields(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         return {"d": half_bytes(params["scale"]), "m": half_bytes(params["offset"])} | self.code_fields(codes)
@@ -171,11 +175,13 @@ class Q8_0(Block):
         return torch.arange(-128, 128, dtype=torch.float32)
 
     def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
-        scale = self._reference_scale(x)
-        if search:
-            factors = [1.0, *(1.01 - 0.005 * i for i in range(8))]
-            scale = best_scale(x, scale, factors, lambda t: t.round_().clamp_(-128, 127), importance)
-        return {"scale": scale.to(HALF).float()}
+        start = self._reference_scale(x)
+        plain = _stored(scale=start)
+        if not search:
+            return plain
+        factors = [1.01 - 0.005 * i for i in range(8)]
+        best = best_scale(x, start, factors, lambda t: t.round_().clamp_(-128, 127), importance)
+        return self.least_error(x, [plain, _stored(scale=best)], importance)
 
     def round_at(self, x: Tensor, params: Params) -> Tensor:
         return (x * inverse(params["scale"])).round_().clamp_(-128, 127).to(torch.int8)
@@ -183,13 +189,11 @@ class Q8_0(Block):
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return codes * params["scale"]
 
-    def plain(self, w: Tensor) -> tuple[Tensor, Params]:
-        params = self.fit(w)
-        x = self._grouped(w.float())
-        t = x * inverse(self._reference_scale(x)).unsqueeze(-1)
+    def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
+        scale = self._reference_scale(x)
+        t = x * inverse(scale).unsqueeze(-1)
         # C's roundf: ties go away from zero. t is at most 127 but for rounding, so no clamp is needed.
-        codes = t.add_(torch.where(t < 0, -0.5, 0.5)).to(torch.int8)
-        return self._ungrouped(codes, w.shape), params
+        return t.add_(t.sign(), alpha=0.5).to(torch.int8), _stored(scale=scale)
 
     def to_fields(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         return {"d": half_bytes(params["scale"]), "qs": codes.view(torch.uint8)}

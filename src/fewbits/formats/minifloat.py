@@ -62,7 +62,10 @@ class Fp8(Grouped):
 
     def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
         start = x.abs().amax(-1).div_(torch.finfo(self.dtype).max)
-        return {"scale": best_scale(x, start, SEARCH, self._nearest, importance) if search else start}
+        if not search:
+            return {"scale": start}
+        best = best_scale(x, start, SEARCH, self._nearest, importance)
+        return self.least_error(x, [{"scale": start}, {"scale": best}], importance)
 
     def round_at(self, x: Tensor, params: Params) -> Tensor:
         return self._cast(x * inverse(params["scale"])).view(torch.uint8)
@@ -127,24 +130,15 @@ class MxFp4(_Fp4):
         peak = x.abs().amax(-1)
         # OCP's rule: the exponent of the largest weight, less that of the largest level (6 = 1.5 · 2²).
         exponent = torch.where(peak > 0, peak.clamp_min(2.0**-126).log2().floor_(), -127).sub_(2)
-        if search:
-            exponent = self._searched(x, exponent, importance)
-        stored = exponent.add(127).clamp_(0, 254)
+        candidates = [
+            {"exponent": (exponent + (127 + step)).clamp_(0, 254)} for step in ((0, 1, -1) if search else (0,))
+        ]
+        best = self.least_error(x, candidates, importance) if search else candidates[0]
         # A NaN or infinite peak must survive the cast to an integer, so that it is found and counted.
-        return {"exponent": torch.where(peak.isfinite(), stored, peak)}
+        return {"exponent": torch.where(peak.isfinite(), best["exponent"], peak)}
 
     def _effective(self, params: Params) -> Tensor:
         return torch.exp2(params["exponent"] - 127)
-
-    def _searched(self, x: Tensor, start: Tensor, importance: Tensor | None) -> Tensor:
-        best, best_error = start, torch.full_like(start, torch.inf)
-        for step in (0, 1, -1):
-            scale = torch.exp2(start + step).unsqueeze(-1)
-            residual = _e2m1_values(_e2m1_codes(x / scale)).mul_(scale).sub_(x).square_()
-            error = (residual if importance is None else residual * importance).sum(-1)
-            best = torch.where(error < best_error, start + step, best)
-            best_error = torch.minimum(error, best_error)
-        return best
 
     def pack(self, codes: Tensor, params: Params) -> Arrays:
         return {"packed": _pack_nibbles(codes), "scale": params["exponent"].to(torch.uint8)}
@@ -180,11 +174,13 @@ class NvFp4(_Fp4):
         peak = x.abs().amax(-1)
         whole = peak.amax((-2, -1), keepdim=True)
         global_scale = torch.where(whole > 0, E4M3_MAX * E2M1[-1] / whole, torch.ones_like(whole))
-        scale = peak / E2M1[-1]
+        scales = [peak / E2M1[-1]]
         if search:
-            scale = best_scale(x, scale, SEARCH, lambda t: _e2m1_values(_e2m1_codes(t)), importance)
-        stored = (scale * global_scale).clamp_(0, E4M3_MAX).to(torch.float8_e4m3fn).float()
-        return {"scale": torch.where(peak.isfinite(), stored, peak), "global_scale": global_scale}
+            scales.append(best_scale(x, scales[0], SEARCH, lambda t: _e2m1_values(_e2m1_codes(t)), importance))
+        stored = [(s * global_scale).clamp_(0, E4M3_MAX).to(torch.float8_e4m3fn).float() for s in scales]
+        candidates = [{"scale": s, "global_scale": global_scale} for s in stored]
+        best = self.least_error(x, candidates, importance) if search else candidates[0]
+        return {"scale": torch.where(peak.isfinite(), best["scale"], peak), "global_scale": global_scale}
 
     def _effective(self, params: Params) -> Tensor:
         return params["scale"] / params["global_scale"]

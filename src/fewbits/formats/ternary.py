@@ -46,11 +46,12 @@ class Ternary(Scaled):
 
     def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
         mean = mean_magnitude(x, importance)
-        scale = mean
-        if search:
-            factors = [0.6 + 0.15 * i for i in range(12)]
-            scale = best_scale(x, mean, factors, lambda t: t.round_().clamp_(-1, 1), importance)
-        return {"scale": self.stored(scale)}
+        plain = {"scale": self.stored(mean)}
+        if not search:
+            return plain
+        factors = [0.6 + 0.15 * i for i in range(12)]
+        best = best_scale(x, mean, factors, lambda t: t.round_().clamp_(-1, 1), importance)
+        return self.least_error(x, [plain, {"scale": self.stored(best)}], importance)
 
     def round_at(self, x: Tensor, params: Params) -> Tensor:
         return (x * inverse(params["scale"])).round_().clamp_(-1, 1).to(torch.int8)
@@ -67,11 +68,12 @@ class Ternary(Scaled):
 
 
 def mean_magnitude(x: Tensor, importance: Tensor | None) -> Tensor:
-    """Σ h·|x| / Σ h over the last dimension."""
+    """Σ h·|x| / Σ h over the last dimension; where nothing is important, everything equally is."""
     if importance is None:
         return x.abs().mean(-1)
     total = importance.expand_as(x).sum(-1)
-    return weighted_sum(x.abs(), torch.ones_like(x), importance) * inverse(total)
+    weighted = weighted_sum(x.abs(), torch.ones_like(x), importance) * inverse(total)
+    return torch.where(total > 0, weighted, x.abs().mean(-1))
 
 
 TERNARY = (Ternary(), Ternary(group=64), Ternary(group=128), Ternary(group="tensor"))
