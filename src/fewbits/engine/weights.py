@@ -1,0 +1,75 @@
+"""One weight of a checkpoint on its way into a model, read a slab of rows at a time.
+
+A slab is what exists in float beside the result, so loading needs the model once and a few megabytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint import Entry, Reader
+from fewbits.formats import Float
+from fewbits.models.base import Restored
+from fewbits.nn import PackedWeight
+
+SLAB = 1 << 22
+"""Weights read at a time: 16 MB of float32."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An entry of a checkpoint, and how to restore the model's parameter where the file has it changed (GGUF)."""
+
+    reader: Reader
+    entry: Entry
+    restored: Restored | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return not isinstance(self.entry.format, Float)
+
+    def numbers(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The decoded weight in `dtype`; integers stay what they are."""
+        format = self.entry.format
+        if isinstance(format, Float) and not format.dtype.is_floating_point:
+            return self.reader.read(self.entry.name).codes.to(device, copy=True)
+        w = torch.empty(self.entry.shape, dtype=dtype, device=device)
+        for rows in self._slabs():
+            part = self.reader.read(self.entry.name, rows)
+            numbers = part.codes if isinstance(format, Float) else part.dequantize()
+            w[rows or ...] = numbers.to(device)
+        if self.restored is not None:
+            w += self.restored.added
+        order = self._order()
+        return w if order is None else w[order.to(device)]
+
+    def packed(self, dtype: torch.dtype, device: torch.device) -> PackedWeight:
+        """The quantized weight as it is, pretending to be of `dtype`."""
+        format, shape = self.entry.format, self.entry.shape
+        arrays = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in format.arrays(shape).items()}
+        for rows in self._slabs():
+            for name, part in self.reader.read(self.entry.name, rows).pack().items():
+                arrays[name][rows or ...] = part
+        order = self._order()
+        if order is not None:
+            arrays = {name: array[order] for name, array in arrays.items()}
+        return PackedWeight(format, shape, arrays, dtype).to(device)
+
+    def _slabs(self) -> Iterator[slice | None]:
+        """Slices of rows; None for all at once, where the format allows nothing else."""
+        shape = self.entry.shape
+        elements = torch.Size(shape).numel()
+        if not shape or not self.entry.format.rowwise or elements <= SLAB:
+            yield None
+            return
+        step = max(1, SLAB * shape[0] // elements)
+        for start in range(0, shape[0], step):
+            yield slice(start, min(start + step, shape[0]))
+
+    def _order(self) -> Tensor | None:
+        """Which row of the file is each row of the parameter; None where they are the same."""
+        return None if self.restored is None else self.restored.row_order(self.entry.shape[0])
