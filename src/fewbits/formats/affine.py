@@ -98,12 +98,11 @@ class Affine(Scaled):
         return q.clamp_(self.lowest, self.highest).to(torch.int8 if self.symmetric else torch.uint8)
 
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
-        if self.symmetric:
-            return codes * params["scale"]
-        return (codes - params["zero"]).mul_(params["scale"])
+        w = codes.float()
+        return (w if self.symmetric else w.sub_(params["zero"])).mul_(params["scale"])
 
     def pack(self, codes: Tensor, params: Params) -> Arrays:
-        unsigned = (codes.to(torch.int16) - self.lowest).to(torch.uint8) if self.symmetric else codes
+        unsigned = codes.view(torch.uint8) - self.lowest if self.symmetric else codes  # bytes wrap around
         arrays = {"packed": pack_bits(unsigned, self.bits), "scale": params["scale"].to(self.scale_dtype)}
         return arrays if self.symmetric else arrays | {"zero": params["zero"].to(torch.uint8)}
 
@@ -111,7 +110,7 @@ class Affine(Scaled):
         codes = unpack_bits(arrays["packed"], self.bits, shape[-1])
         params = {"scale": arrays["scale"].float()}
         if self.symmetric:
-            return (codes.to(torch.int16) + self.lowest).to(torch.int8), params
+            return (codes + self.lowest).view(torch.int8), params  # bytes wrap around
         return codes, params | {"zero": arrays["zero"].float()}
 
     def _zero(self, zero: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class _Centred(_Nibbled):
         return q.clamp_(0, self.highest).to(torch.uint8)
 
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
-        return (codes.float() - self.zero).mul_(params["scale"])
+        return codes.float().sub_(self.zero).mul_(params["scale"])
 
     def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
         scale = self._reference_scale(x)
@@ -138,7 +138,7 @@ class _Offset(_Nibbled):
         return q.clamp_(0, self.highest).to(torch.uint8)
 
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
-        return (codes * params["scale"]).add_(params["offset"])
+        return codes.float().mul_(params["scale"]).add_(params["offset"])
 
     def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
         scale, offset = self._reference_range(x)
@@ -187,7 +187,7 @@ class Q8_0(Block):
         return (x * inverse(params["scale"])).round_().clamp_(-128, 127).to(torch.int8)
 
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
-        return codes * params["scale"]
+        return codes.float().mul_(params["scale"])
 
     def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
         scale = self._reference_scale(x)
