@@ -11,6 +11,7 @@ from pathlib import Path
 from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
 from fewbits.checkpoint.compressed_tensors import CompressedTensors
 from fewbits.checkpoint.fewbits import Fewbits
+from fewbits.checkpoint.gguf import Gguf
 from fewbits.checkpoint.huggingface import HuggingFace
 from fewbits.errors import CheckpointError
 
@@ -19,6 +20,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Fewbits(),
         CompressedTensors(),
+        Gguf(),
         HuggingFace(),
     )
 }

@@ -1,0 +1,40 @@
+"""What an architecture looks like: the role of each tensor, fused experts cut apart, GGUF's names, the cache's shape.
+
+Nothing here holds weights or opens weight files.
+"""
+
+from __future__ import annotations
+
+from fewbits.models.base import Architecture, Piece, Restored, Role, halved_order, interleaved_order
+from fewbits.models.cache import CacheShape, cache_shape
+from fewbits.models.describe import describe
+from fewbits.models.experts import unfused
+from fewbits.models.families import FAMILIES
+from fewbits.models.gguf import (
+    from_gguf,
+    gguf_dropped,
+    gguf_extras,
+    gguf_metadata,
+    gguf_pieces,
+    gguf_supported,
+)
+
+__all__ = [
+    "FAMILIES",
+    "Architecture",
+    "CacheShape",
+    "Piece",
+    "Restored",
+    "Role",
+    "cache_shape",
+    "describe",
+    "from_gguf",
+    "gguf_dropped",
+    "gguf_extras",
+    "gguf_metadata",
+    "gguf_pieces",
+    "gguf_supported",
+    "halved_order",
+    "interleaved_order",
+    "unfused",
+]

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
+from torch import Tensor
+
 
 class Role(Enum):
     """What a parameter does, as far as quantization cares."""
@@ -30,8 +33,8 @@ class Piece:
 
     The source parameter is read, then narrowed: to one `expert` of a fused [E, ., .] tensor, `transposed` if the
     source stores [in_features, out_features], to `rows` [start, stop) of it; then its rows are permuted within each of
-    `interleaved_heads` heads (GGUF's Llama stores the two halves of each rotary head interleaved: row i of the first
-    half and row i of the second become neighbours), and `added` is added to every value (Gemma's norms store w − 1).
+    `interleaved_heads` heads (see `interleaved_order`), and `added` is added to every value (1.0 for Gemma's norms:
+    the model multiplies by 1 + w, so w is what transformers stores and 1 + w what GGUF stores). shape is the result's.
     """
 
     name: str
@@ -43,6 +46,41 @@ class Piece:
     rows: tuple[int, int] | None = None
     interleaved_heads: int | None = None
     added: float = 0.0
+
+    def row_order(self) -> Tensor | None:
+        """Source row (after narrowing) of each row of the result, int64; None where the order stays."""
+        return None if self.interleaved_heads is None else interleaved_order(self.shape[0], self.interleaved_heads)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """One parameter of a transformers model and where in a GGUF file it comes from: a Piece walked backwards.
+
+    Rows of the stored tensor `source` are taken out of their interleaving in `interleaved_heads` heads (rows of
+    quantized codes and scales as well as numbers: both keep to their row), and `added` is added to every value.
+    """
+
+    source: str
+    interleaved_heads: int | None = None
+    added: float = 0.0
+
+    def row_order(self, rows: int) -> Tensor | None:
+        """Stored row of each of the parameter's rows, int64; None where the order stays."""
+        return None if self.interleaved_heads is None else halved_order(rows, self.interleaved_heads)
+
+
+def interleaved_order(rows: int, heads: int) -> Tensor:
+    """Order that puts the two halves of each head's rows next to each other: `w[order]`, int64 [rows].
+
+    Row i of a head's first half and row i of its second become neighbours. Rotary embeddings turn them as one pair:
+    transformers finds the two half a head apart, llama.cpp's Llama side by side.
+    """
+    return torch.arange(rows).reshape(heads, 2, -1).transpose(1, 2).reshape(rows)
+
+
+def halved_order(rows: int, heads: int) -> Tensor:
+    """The inverse of interleaved_order: `w[interleaved_order(n, h)][halved_order(n, h)]` is w."""
+    return torch.arange(rows).reshape(heads, -1, 2).transpose(1, 2).reshape(rows)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,266 @@
+"""GGUF: one file that holds hyper-parameters, tokenizer and tensors, for llama.cpp, Ollama and LM Studio.
+
+A reader's `config` and the config given to `create` are the file's metadata (see `_gguf_header` for how Python values
+and GGUF's types correspond), not a config.json; entries carry llama.cpp's names and torch's order of dimensions. What
+the metadata of a model has to say is `fewbits.models`' affair.
+
+Beside the file lie its ledger, `<stem>.fewbits.json`, and `<stem>.Modelfile`, with which `ollama create` takes it in.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint._arrays import Located
+from fewbits.checkpoint._gguf_header import (
+    ALIGNMENT,
+    ALIGNMENT_KEY,
+    TensorInfo,
+    header_bytes,
+    is_gguf,
+    padded,
+    read_header,
+)
+from fewbits.checkpoint._writer import _Array, _File, _Progress, disk_errors, flush, refuse_existing, require_space
+from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
+from fewbits.errors import CheckpointError, FormatError, LedgerError, OutputError, UnsupportedError
+from fewbits.formats import FORMATS, ArraySpec, Float, Format, QTensor
+from fewbits.formats._blocks import Block
+
+FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+"""Type numbers (ggml.h, enum ggml_type) of the dtypes that are written. Block formats carry theirs."""
+READ_TYPES: dict[int, Format] = {
+    **{number: Float(dtype) for dtype, number in FLOAT_TYPES.items()},
+    **{24: Float(torch.int8), 25: Float(torch.int16), 26: Float(torch.int32), 27: Float(torch.int64)},
+    28: Float(torch.float64),
+    **{format.ggml_type: format for format in FORMATS.values() if isinstance(format, Block)},
+}
+FILE_TYPES = {"fp32": 0, "fp16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
+"""general.file_type (llama.h, enum llama_ftype) of a file that is mostly in one format."""
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: how block formats are laid out
+NAME_BYTES = 63  # GGML_MAX_NAME, less the closing zero
+
+
+class Gguf(Kind):
+    """One .gguf file."""
+
+    name = "gguf"
+    summary = "one GGUF file: llama.cpp, Ollama, LM Studio"
+    decoder = "gguf-py"
+
+    def detect(self, path: Path) -> bool:
+        return path.is_file() and is_gguf(path)
+
+    def open(self, path: Path) -> Reader:
+        return GgufReader(path)
+
+    def admits(self, entry: Entry) -> str | None:
+        if len(entry.name.encode()) > NAME_BYTES:
+            return f"{entry.name}: llama.cpp reads names of at most {NAME_BYTES} bytes"
+        if not 1 <= len(entry.shape) <= 4:
+            return f"{entry.name}: GGUF holds 1 to 4 dimensions, not {list(entry.shape)}"
+        if ggml_type(entry.format) is None:
+            known = ", ".join(format.name for format in READ_TYPES.values() if ggml_type(format) is not None)
+            return f"{entry.name}: GGUF has no type for {entry.format}; it holds {known}"
+        if len(entry.shape) == 1 and entry.format != Float(torch.float32):
+            return f"{entry.name}: llama.cpp computes with vectors in fp32 only, not {entry.format}"
+        return None
+
+    def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
+        for entry in entries:
+            trouble = self.admits(entry)
+            if trouble is not None:
+                raise UnsupportedError(trouble)
+        return GgufWriter(path, entries, config)
+
+    def foreign(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+        """By gguf-py, which shares no code with this file."""
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+
+        names = [tensor.name for tensor in GGUFReader(path).tensors]
+        for i, name in enumerate(names):
+            tensor = GGUFReader(path).tensors[i]  # opened anew: its mapping keeps every page that was touched
+            weight = dequantize(tensor.data, tensor.tensor_type)
+            yield name, torch.from_numpy(weight.astype("float32")).reshape(tuple(reversed(tensor.shape.tolist())))
+
+
+def ggml_type(format: Format) -> int | None:
+    """The type number of a format that GGUF can hold, else None."""
+    if isinstance(format, Block):
+        return format.ggml_type
+    return FLOAT_TYPES.get(format.dtype) if isinstance(format, Float) else None
+
+
+class GgufReader(Reader):
+    """An open file. `config` is its metadata."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        header = read_header(path)
+        self.config = header.metadata
+        size = path.stat().st_size
+        self.entries: dict[str, Entry] = {}
+        self._arrays: dict[str, Located] = {}
+        for info in header.tensors:
+            entry = self._entry(info)
+            (spec,) = entry.format.arrays(entry.shape).values()
+            located = Located(path, size, spec.dtype, spec.shape, header.data + info.offset)
+            if located.offset + located.nbytes > size:
+                raise CheckpointError(
+                    f"{path}: tensor '{info.name}' ends at byte {located.offset + located.nbytes}, but the file has "
+                    f"{size}; it is cut short or damaged, so download it again"
+                )
+            self.entries[info.name], self._arrays[info.name] = entry, located
+
+    def read(self, name: str, rows: slice | None = None) -> QTensor:
+        entry = self.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path}: tensor '{name}' is missing; the file holds {len(self.entries)}")
+        located = self._arrays[name].rows(rows)
+        shape = located.shape[:1] + entry.shape[1:]
+        (array,) = entry.format.arrays(shape)
+        return QTensor.from_arrays(entry.format, {array: located.read()}, shape)
+
+    def digests(self, name: str) -> dict[str, str]:
+        entry = self.entries[name]
+        (array,) = entry.format.arrays(entry.shape)
+        return {array: self._arrays[name].sha256()}
+
+    def _entry(self, info: TensorInfo) -> Entry:
+        format = READ_TYPES.get(info.ggml_type)
+        if format is None:
+            raise CheckpointError(
+                f"{self.path}: tensor '{info.name}' is of type {_type_name(info.ggml_type)}, which fewbits does not "
+                f"read; it reads {', '.join(str(format) for format in READ_TYPES.values())}"
+            )
+        try:
+            format.check(info.shape)
+        except FormatError as error:
+            raise CheckpointError(f"{self.path}: tensor '{info.name}': {error}") from error
+        return Entry(info.name, info.shape, format)
+
+
+def _type_name(number: int) -> str:
+    from gguf import GGMLQuantizationType
+
+    try:
+        return GGMLQuantizationType(number).name
+    except ValueError:
+        return f"{number}, unknown to gguf-py too"
+
+
+class GgufWriter(Writer):
+    """A file under construction: header first, every tensor at the place that the header gives it."""
+
+    def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, Any]) -> None:
+        self.digests = {}
+        stem = path.name.removesuffix(".gguf")
+        self._path = path
+        self._beside = {"ledger": path.with_name(f"{stem}.fewbits.json"), "Ollama": path.with_name(f"{stem}.Modelfile")}
+        self._metadata = {**metadata, **_file_facts(metadata, entries)}
+        self._partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
+        self._file: _File | None = None
+        for target in (path, *self._beside.values()):
+            refuse_existing(target)
+        header, infos, size = _layout(entries, self._metadata)
+        try:
+            with disk_errors(self._partial):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                require_space(path.parent, size)
+                self._file = _File(self._partial, size)
+                self._file.write(memoryview(header), 0)
+        except BaseException:
+            self.abort()
+            raise
+        self._progress = {
+            entry.name: _Progress(entry, [_array(entry, self._file, len(header) + info.offset)])
+            for entry, info in zip(entries, infos, strict=True)
+        }
+
+    def write(self, name: str, part: QTensor) -> None:
+        progress = self._progress.get(name)
+        if progress is None:
+            raise LedgerError(f"'{name}' was not declared when {self._path} was begun; declare every entry first")
+        with progress.lock, disk_errors(self._partial):
+            last = progress.advance(part)
+            (array,) = progress.arrays
+            array.append(part.pack()[array.name])
+            if last:
+                self.digests[name] = progress.finish()
+
+    def commit(self, ledger: Mapping[str, Any]) -> None:
+        missing = [name for name, progress in self._progress.items() if not progress.complete]
+        if missing:
+            raise LedgerError(
+                f"{self._path}: {len(missing)} of {len(self._progress)} entries are not written to their last row, "
+                f"the first of them '{missing[0]}'; nothing was kept"
+            )
+        if self._file is None:
+            raise OutputError(f"{self._path}: the output was abandoned already")
+        texts = {"ledger": json.dumps(ledger, indent=2, ensure_ascii=False) + "\n", "Ollama": self._modelfile()}
+        with disk_errors(self._partial):
+            self._file.close(flush=True)
+            for target in (self._path, *self._beside.values()):
+                refuse_existing(target)
+            for which, target in self._beside.items():
+                target.write_text(texts[which], encoding="utf-8")
+                flush(target)
+            self._partial.rename(self._path)
+            flush(self._path.parent)
+        self._file = None
+
+    def abort(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._partial.unlink(missing_ok=True)
+
+    def _modelfile(self) -> str:
+        """Ollama reads the chat template from the GGUF; what it needs beside is where a reply ends."""
+        lines = [f"# ollama create NAME -f {self._beside['Ollama'].name}", f"FROM ./{self._path.name}"]
+        tokens, eos = self._metadata.get("tokenizer.ggml.tokens"), self._metadata.get("tokenizer.ggml.eos_token_id")
+        if tokens and eos is not None and tokens[eos].isprintable() and '"' not in tokens[eos]:
+            lines.append(f'PARAMETER stop "{tokens[eos]}"')
+        return "\n".join(lines) + "\n"
+
+
+def _file_facts(metadata: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
+    """Keys that say how the tensors are stored, where the metadata does not."""
+    weights: Counter[str] = Counter()
+    for entry in entries:
+        if len(entry.shape) > 1:
+            weights[entry.format.name] += torch.Size(entry.shape).numel()
+    facts: dict[str, Any] = {"general.quantization_version": QUANTIZATION_VERSION}
+    mostly = max(weights, key=weights.__getitem__, default="fp32")
+    if mostly in FILE_TYPES:
+        facts["general.file_type"] = FILE_TYPES[mostly]
+    return {key: value for key, value in facts.items() if key not in metadata}
+
+
+def _layout(entries: Sequence[Entry], metadata: Mapping[str, Any]) -> tuple[bytes, list[TensorInfo], int]:
+    """Header, where each tensor goes, and the size of the whole file."""
+    alignment = int(metadata.get(ALIGNMENT_KEY, ALIGNMENT))
+    infos, offset = [], 0
+    for entry in entries:
+        number = ggml_type(entry.format)
+        assert number is not None  # `admits` has refused all others
+        infos.append(TensorInfo(entry.name, entry.shape, number, offset))
+        offset += padded(entry.nbytes, alignment)
+    if len({info.name for info in infos}) < len(infos):
+        raise LedgerError("an entry is declared twice; each must be written once")
+    header = header_bytes(metadata, infos, alignment)
+    return header, infos, len(header) + offset
+
+
+def _array(entry: Entry, file: _File, start: int) -> _Array:
+    ((name, spec),) = entry.format.arrays(entry.shape).items()
+    return _Array(name, ArraySpec(spec.dtype, spec.shape), file, start)
