@@ -24,15 +24,17 @@ from fewbits.checkpoint import KINDS, Entry, Kind, Reader, Writer
 from fewbits.errors import FormatError, LedgerError, UnsupportedError, VerificationError
 from fewbits.formats import Float, Format, QTensor
 from fewbits.methods import Method, TensorMethod, method_named
-from fewbits.models import Architecture, Piece, describe, gguf_metadata
+from fewbits.models import Architecture, Piece, describe, gguf_dropped, gguf_extras, gguf_metadata
 from fewbits.pipeline._estimate import check_room, estimate, source_bytes
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, read_rows, row_step
 from fewbits.pipeline.verify import verify
 from fewbits.plan.rules import Choice, Plan, Rules, parse
 from fewbits.plan.rules import Tensor as PlanTensor
-from fewbits.results import Estimate, Quantization, TensorReport
+from fewbits.results import Estimate, Fate, Quantization, TensorReport
 
 PART = 1 << 20  # weights quantized at a time: 4 MB as FP32, which an L3 cache holds with its temporaries
+FP32 = Float(torch.float32)
+FOLDERS = ("huggingface", "compressed-tensors", "fewbits")  # most widely loaded first
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, label) as work goes on."""
@@ -51,6 +53,8 @@ class Job:
     plan: Plan
     entries: tuple[Entry, ...]
     metadata: Mapping[str, Any]
+    extras: Mapping[str, tuple[float, ...]]  # tensors that no parameter of the source holds
+    dropped: Mapping[str, str]  # parameters that the file has no need of: name -> reason
     method: TensorMethod
 
 
@@ -128,12 +132,18 @@ def prepare(
         gguf=target.name == "gguf",
     )
     plan = rules.plan([PlanTensor(p.name, p.role.value, p.shape, dtype_of(reader, p.source)) for p in pieces])
-    metadata = gguf_metadata(reader.config, source) if target.name == "gguf" else reader.config
+    metadata, extras, dropped = reader.config, dict[str, tuple[float, ...]](), dict[str, str]()
+    if target.name == "gguf":
+        metadata, extras = gguf_metadata(reader.config, source), gguf_extras(reader.config)
+        dropped = gguf_dropped(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     chosen = method_named(method) if isinstance(method, str) else method
     if not isinstance(chosen, TensorMethod):
         raise UnsupportedError(f"method {chosen.name} works on whole blocks, which this pipeline does not stream")
-    entries = tuple(Entry(piece.name, piece.shape, plan[piece.name].format) for piece in pieces)
-    return Job(source, out, reader, architecture, target, pieces, plan, entries, metadata, chosen)
+    entries = (
+        *(Entry(piece.name, piece.shape, plan[piece.name].format) for piece in pieces),
+        *(Entry(name, (len(values),), FP32) for name, values in extras.items()),
+    )
+    return Job(source, out, reader, architecture, target, pieces, plan, entries, metadata, extras, dropped, chosen)
 
 
 def choose_kind(out: Path, format: Format, kind: str | None) -> Kind:
@@ -145,13 +155,16 @@ def choose_kind(out: Path, format: Format, kind: str | None) -> Kind:
     if out.suffix == ".gguf":
         return KINDS["gguf"]
     probe = Entry("model.layers.0.mlp.up_proj.weight", (4096, 4096), format)
-    return next(k for k in KINDS.values() if k.name != "gguf" and k.admits(probe) is None)
+    return next(KINDS[name] for name in FOLDERS if KINDS[name].admits(probe) is None)
 
 
 def run(job: Job, threads: int, progress: Progress | None) -> tuple[TensorReport, ...]:
     """Stream every piece into the output and commit it with its ledger."""
     with job.kind.create(job.out, job.entries, job.source, job.metadata) as writer:
+        for name, values in job.extras.items():
+            writer.write(name, QTensor(FP32, torch.tensor(values), {}))
         reports = stream(job, writer, threads, progress)
+        reports |= {name: _extra_report(job, writer, name) for name in job.extras}
         ledger = account(job, reports)
         writer.commit(ledger_document(job, ledger))
     return ledger
@@ -234,19 +247,32 @@ def account(job: Job, reports: Mapping[str, TensorReport]) -> tuple[TensorReport
     used = defaultdict(list)
     for report in written:
         used[report.source].append(report.name)
-    tied = [name for name in job.architecture.tied if name not in used]
-    lost = [name for name in job.reader.entries if name not in used and name not in tied]
+    absent = {name: f"shares the weights of {other}" for name, other in job.architecture.tied.items()}
+    unwritten = [_absent_report(name, "tied", why) for name, why in absent.items() if name not in used]
+    unwritten += [_absent_report(n, "dropped", why) for n, why in job.dropped.items() if n not in absent]
+    lost = job.reader.entries.keys() - used.keys() - {report.name for report in unwritten}
     if lost:
         raise LedgerError(
-            f"{len(lost)} parameters of {job.source} have no place in the output, the first is {lost[0]}; "
+            f"{len(lost)} parameters of {job.source} have no place in the output, the first is {min(lost)}; "
             f"{job.kind.name} files of this architecture cannot hold them"
         )
-    return (*written, *(_tied_report(name, job.architecture.tied[name]) for name in tied))
+    return (*written, *unwritten)
 
 
-def _tied_report(name: str, other: str) -> TensorReport:
+def _absent_report(name: str, fate: Fate, reason: str) -> TensorReport:
+    return TensorReport(name=name, fate=fate, shape=(), format="", nbytes=0, reason=reason, source=name)
+
+
+def _extra_report(job: Job, writer: Writer, name: str) -> TensorReport:
     return TensorReport(
-        name=name, fate="tied", shape=(), format="", nbytes=0, reason=f"shares the weights of {other}", source=name
+        name=name,
+        fate="kept",
+        shape=(len(job.extras[name]),),
+        format=FP32.name,
+        nbytes=4 * len(job.extras[name]),
+        source="config.json",
+        reason="computed from the configuration",
+        digests=writer.digests[name],
     )
 
 

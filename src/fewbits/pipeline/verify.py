@@ -110,7 +110,7 @@ def compare_bytes(ledger: Mapping[str, Any], found: Mapping[str, Mapping[str, st
 
 def compare_decoders(kind: Kind, reader: Reader, progress: Progress | None) -> Iterator[str]:
     """The independent decoder's numbers against fewbits' own, bit for bit."""
-    for done, (name, theirs) in enumerate(kind.foreign(reader.path), start=1):
+    for done, (name, theirs) in enumerate(kind.foreign(reader.path) or (), start=1):
         if progress:
             progress(done, len(reader.entries), f"verify {name}")
         different = sum(int((ours != theirs[rows]).sum()) for rows, ours in _parts(reader, name))
