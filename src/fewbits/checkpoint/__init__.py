@@ -18,9 +18,9 @@ from fewbits.errors import CheckpointError
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
+        Gguf(),
         Fewbits(),
         CompressedTensors(),
-        Gguf(),
         HuggingFace(),
     )
 }

@@ -128,7 +128,7 @@ class PackQuantized(Layout):
     def closing(self, shape: tuple[int, ...], zeros: list[Tensor]) -> dict[str, Tensor]:
         arrays = {"weight_shape": torch.tensor(shape)}
         if zeros:
-            arrays["weight_zero_point"] = pack_bits(torch.cat(zeros).T.contiguous(), self.format.bits).T.contiguous()
+            arrays["weight_zero_point"] = _turned(pack_bits(_turned(torch.cat(zeros)), self.format.bits))
         return arrays
 
     def decode(self, read: Read, shape: tuple[int, ...], rows: range) -> QTensor:
@@ -145,10 +145,10 @@ class PackQuantized(Layout):
             return _unsigned(read("weight_zero_point", None), self.format.bits).reshape(1, 1)
         first = rows.start // BLOCK
         span = slice(first * self.format.bits, words(rows.stop, self.format.bits))
-        stream = read("weight_zero_point", span).T.contiguous()
+        stream = _turned(read("weight_zero_point", span))
         skipped = rows.start - first * BLOCK
         zeros = unpack_bits(stream, self.format.bits, skipped + len(rows))
-        return zeros[:, skipped:].T.contiguous()
+        return _turned(zeros[:, skipped:])
 
     def shape(self, found: Mapping[str, Located], read: Callable[[str], Tensor]) -> tuple[int, ...]:
         packed = found["weight_packed"]
@@ -350,6 +350,13 @@ def layout_for(what: str, group: Mapping[str, Any], scale: torch.dtype) -> Layou
 
 def _slice(rows: range) -> slice:
     return slice(rows.start, rows.stop)
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    """The transpose in memory order. (`contiguous` leaves a single row's strides as they are, and then it cannot be
+    viewed as words.)
+    """
+    return matrix.T.clone(memory_format=torch.contiguous_format)
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:

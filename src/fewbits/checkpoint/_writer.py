@@ -35,7 +35,7 @@ from fewbits.formats import ArraySpec, QTensor
 
 LEDGER = "fewbits.json"
 SHARD = 5 * 10**9  # bytes of data in one file, as on the hub
-WRITE_BACK = 1 << 28  # written bytes after which the disk is set to work on them
+WRITE_BACK = 1 << 20  # bytes; longer writes set the disk to work at once, so that the final flush finds little to do
 SPARE = 1 << 24  # bytes of the folder that are not weights: tokenizer, configuration, ledger
 
 COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".bpe", ".spm", ".vocab")
@@ -78,7 +78,6 @@ class _File:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
-        self._unflushed = 0
         self._lock = threading.Lock()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if size and hasattr(os, "posix_fallocate"):
@@ -100,12 +99,9 @@ class _File:
             begin, end = offset, offset + len(data)
             while offset < end:
                 offset += os.pwrite(self._descriptor, data[offset - begin :], offset)
-            self._unflushed += end - begin
-            if self._unflushed >= WRITE_BACK and hasattr(os, "posix_fadvise"):
-                # Linux starts writing dirty pages back when told that they are not needed; without it the final
-                # flush finds them all.
-                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                self._unflushed = 0
+        if end - begin >= WRITE_BACK and hasattr(os, "posix_fadvise"):
+            # Linux starts to write dirty pages back when told that they are not needed, and keeps them meanwhile.
+            os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def close(self, *, flush: bool = False) -> None:
         with self._lock:

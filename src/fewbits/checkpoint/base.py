@@ -92,6 +92,8 @@ class Kind(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     """One sentence for `fewbits formats`: who loads it."""
+    decoder: ClassVar[str | None] = None
+    """The library, not ours, that `foreign` decodes with."""
 
     @abstractmethod
     def detect(self, path: Path) -> bool:
@@ -115,7 +117,7 @@ class Kind(ABC):
     def foreign(self, path: Path) -> Iterator[tuple[str, Tensor]] | None:
         """(entry name, weight in float32) of a checkpoint, decoded by a library that is not ours, one at a time.
 
-        None where no such library exists, as for our own kind.
+        None where no such library exists (`decoder` is None), as for our own kind.
         """
         return None
 

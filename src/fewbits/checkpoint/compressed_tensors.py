@@ -47,7 +47,7 @@ from fewbits.formats import ArraySpec, Float, QTensor
 
 METHOD = "compressed-tensors"
 WEIGHT = ".weight"
-OUTPUTS = ("lm_head", "embed_out", "cls.predictions.decoder", "lm_head.decoder")
+OUTPUTS = ("lm_head", "lm_head.decoder", "cls.predictions.decoder")
 """Names of output projections: a tied one has no entry, yet is a Linear that must not be taken for quantized."""
 ACTIVATION_ARRAYS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "k_scale", "v_scale")
 
@@ -65,6 +65,7 @@ class CompressedTensors(Kind):
 
     name = "compressed-tensors"
     summary = "quantized safetensors folder: transformers and vLLM"
+    decoder = "compressed-tensors"
 
     def detect(self, path: Path) -> bool:
         try:

@@ -3,7 +3,8 @@
 An entry `x` in a format with arrays a and b becomes the arrays `x.a` and `x.b`. Which format and shape an entry has
 stands in the metadata of the file that holds it, under the key `fewbits`, so a file explains itself:
 
-    {"entries": {"model.layers.0.mlp.up_proj.weight": {"format": "int4-g128", "shape": [8192, 2048]}, …}}
+    {"entries": {"model.layers.0.mlp.up_proj.weight": {"format": "int4-g128", "shape": [8192, 2048]},
+                 "model.norm.weight": {"dtype": "BF16", "shape": [2048]}, …}}
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewbits.checkpoint._arrays import CONFIG, DTYPES, ArrayFolder, first_metadata, read_json
+from fewbits.checkpoint._arrays import CONFIG, DTYPES, NAMES, ArrayFolder, first_metadata, read_json
 from fewbits.checkpoint._writer import FolderWriter
 from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
 from fewbits.checkpoint.huggingface import float_trouble, require_admitted
@@ -112,19 +113,24 @@ class FewbitsWriter(FolderWriter):
         return super().config(config) | {"quantization_config": {"quant_method": METHOD}}
 
     def metadata(self, entries: Sequence[Entry]) -> dict[str, str]:
-        declared = {e.name: {"format": e.format.name, "shape": list(e.shape)} for e in entries}
+        declared = {entry.name: _declaration(entry) for entry in entries}
         return super().metadata(entries) | {KEY: json.dumps({"entries": declared}, ensure_ascii=False)}
+
+
+def _declaration(entry: Entry) -> dict[str, Any]:
+    """What a file says of an entry. Floats go by their type, because `int8` is also the name of a format."""
+    if isinstance(entry.format, Float):
+        return {"dtype": NAMES[entry.format.dtype], "shape": list(entry.shape)}
+    return {"format": entry.format.name, "shape": list(entry.shape)}
 
 
 def _declared(path: Path, manifest: str) -> list[Entry]:
     try:
         entries = json.loads(manifest)["entries"]
-        return [Entry(name, tuple(e["shape"]), _format(e["format"])) for name, e in entries.items()]
+        return [Entry(name, tuple(facts["shape"]), _format(facts)) for name, facts in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError, FormatError) as error:
-        raise CheckpointError(f"{path}: the list of entries in a file's metadata is damaged ({error})") from error
+        raise CheckpointError(f"{path}: the list of entries in a file's metadata is damaged ({error!r})") from error
 
 
-def _format(name: str) -> Format:
-    """A registered format, or the Float of a dtype that only unquantized tensors have."""
-    floats = {Float(dtype).name: Float(dtype) for dtype in DTYPES.values()}
-    return floats.get(name) or format_named(name)
+def _format(facts: Mapping[str, Any]) -> Format:
+    return Float(DTYPES[facts["dtype"]]) if "dtype" in facts else format_named(facts["format"])

@@ -21,6 +21,7 @@ class HuggingFace(Kind):
 
     name = "huggingface"
     summary = "floating-point safetensors folder: transformers, vLLM and everything else"
+    decoder = "safetensors"
 
     def detect(self, path: Path) -> bool:
         return bool(safetensors_in(path))
