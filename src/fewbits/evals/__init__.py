@@ -1,0 +1,9 @@
+"""How good a model still is: divergence from its original, perplexity, tasks."""
+
+from __future__ import annotations
+
+from fewbits.evals.evaluation import Progress, evaluate
+from fewbits.evals.tasks import run_tasks
+from fewbits.evals.text import Windows, read_windows, self_text
+
+__all__ = ["Progress", "Windows", "evaluate", "read_windows", "run_tasks", "self_text"]

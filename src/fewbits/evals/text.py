@@ -1,0 +1,178 @@
+"""Windows of tokens to evaluate on: from a text file, or written by the original model itself.
+
+A text is tokenized once, as one stream without special tokens, and cut from its start into windows that do not overlap.
+Where the tokenizer itself puts a beginning-of-sequence token before a text, every window starts with one, because such
+a model has never seen a text without it (llama.cpp does the same); elsewhere a window is nothing but text. The first
+token of a window is context only: a window of n tokens gives n − 1 predictions.
+
+A .jsonl file has one document a line, in its field "text". Documents follow each other with a special token between
+them: the beginning token where the tokenizer uses one, else the end-of-text token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from fewbits.errors import CheckpointError, UnsupportedError
+from fewbits.evals.divergence import require_numbers
+
+LENGTH = 256
+WINDOWS = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Token ids, int64 [windows, length], and where they come from."""
+
+    ids: Tensor
+    description: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokens and their arrangement."""
+        return hashlib.sha256(repr(list(self.ids.shape)).encode() + self.ids.long().numpy().tobytes()).hexdigest()
+
+
+def read_windows(
+    path: Path, tokenizer: PreTrainedTokenizerBase, windows: int = WINDOWS, length: int = LENGTH
+) -> Windows:
+    """The first `windows` windows of a text (.jsonl: documents; anything else: plain text in UTF-8).
+
+    A shorter text gives fewer windows. Raises CheckpointError, with the line's number where there is one, if the file
+    cannot be read or does not fill one window.
+    """
+    begin = beginning(tokenizer)
+    step = length - (begin is not None)
+    stream = _stream(path, tokenizer, begin, windows * step)
+    found = min(windows, len(stream) // step)
+    if found == 0:
+        raise CheckpointError(
+            f"{path} has {len(stream)} tokens, too few for a window of {length}; give a longer text or shorter windows"
+        )
+    ids = torch.tensor(stream[: found * step]).view(found, step)
+    if begin is not None:
+        ids = torch.cat([torch.full((found, 1), begin), ids], dim=1)
+    return Windows(ids, f"{path.name}, {found} windows of {length} tokens")
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The beginning-of-sequence token, if this tokenizer puts one before a text."""
+    begin: int | None = tokenizer.bos_token_id
+    return begin if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else None
+
+
+def self_text(
+    model: PreTrainedModel,
+    windows: int = WINDOWS,
+    length: int = LENGTH,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Windows:
+    """Text that the model writes by drawing every token from its own distribution, all windows at once.
+
+    Needs no file, and lies where the model's knowledge lies. The same seed, model, device and dtype give the same text.
+    Raises UnsupportedError if the configuration names no token to begin with.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    ids = torch.full((windows, 1), _first_token(model), device=model.device)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        while ids.shape[1] < length:
+            logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
+            require_numbers(logits, str(model.name_or_path))
+            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
+            if progress is not None:
+                progress(ids.shape[1], length, "text")
+    return Windows(ids.cpu(), f"written by the original (seed {seed}), {windows} windows of {length} tokens")
+
+
+def _first_token(model: PreTrainedModel) -> int:
+    """The token that begins a text, or the one that ends the text before it."""
+    config = model.config.get_text_config()
+    for token in (config.bos_token_id, config.eos_token_id):
+        first = token[0] if isinstance(token, list) and token else token
+        if isinstance(first, int):
+            return first
+    raise UnsupportedError(
+        f"{model.name_or_path}: config.json has neither bos_token_id nor eos_token_id, so there is no token to begin a "
+        "text with; name a text file"
+    )
+
+
+def _stream(path: Path, tokenizer: PreTrainedTokenizerBase, begin: int | None, needed: int) -> list[int]:
+    """At least `needed` token ids from the start of the text, or all of it."""
+    if path.suffix != ".jsonl":
+        return _plain(path, tokenizer, needed)
+    between = begin if begin is not None else tokenizer.eos_token_id
+    stream: list[int] = []
+    for document in _documents(path):
+        if stream and between is not None:
+            stream.append(between)
+        stream += _encode(tokenizer, document)
+        if len(stream) >= needed:
+            break
+    return stream
+
+
+def _plain(path: Path, tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
+    """Only as much of the text as it takes: 16 characters a token, then twice that, until there are enough.
+
+    A token may change where a text is cut off, so the last ones of a part are not counted.
+    """
+    characters, unsure = 16 * needed, 64
+    while True:
+        text = _read(path, characters)
+        ids = _encode(tokenizer, text)
+        if len(text) < characters or len(ids) >= needed + unsure:
+            return ids
+        characters *= 2
+
+
+def _read(path: Path, characters: int) -> str:
+    with _readable(path), path.open(encoding="utf-8") as file:
+        return file.read(characters)
+
+
+def _documents(path: Path) -> Iterator[str]:
+    with _readable(path), path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _document(path, number, line)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading a text into CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); name an existing text file") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 text ({error.reason}); convert it first") from error
+
+
+def _document(path: Path, number: int, line: str) -> str:
+    try:
+        document = json.loads(line)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}, line {number}: not JSON ({error}); a .jsonl file has one object a line"
+        ) from error
+    text = document.get("text") if isinstance(document, dict) else None
+    if not isinstance(text, str):
+        raise CheckpointError(f'{path}, line {number}: has no string "text"; each line is {{"text": "…"}}')
+    return text
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
