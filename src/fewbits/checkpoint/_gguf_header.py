@@ -255,23 +255,28 @@ def _array(key: str, values: Sequence[Any] | np.ndarray[Any, Any]) -> bytes:
 
 def _typed(key: str, value: Any, integer: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """A number or a list of them as numpy, in a type that GGUF has. integer is what a plain int becomes."""
-    try:
-        array = np.asarray(value)
-        if not isinstance(value, (np.ndarray, np.generic)) and array.dtype != bool:
-            exact = array.astype(integer if array.dtype.kind in "iu" else np.dtype("<f4"))
-            array = exact if array.dtype.kind == "f" or (array.dtype.kind in "iu" and (exact == array).all()) else array
-            found = exact.dtype == array.dtype
-        else:
-            array = array.astype(array.dtype.newbyteorder("<"))
-            found = array.dtype in NUMBER_TYPES
-    except (TypeError, ValueError, OverflowError):
-        found = False
-    if not found:
+    if isinstance(value, (np.ndarray, np.generic)):
+        dtype = value.dtype.newbyteorder("<") if value.ndim < 2 else None
+    else:
+        dtype = _plain_type(list(value) if isinstance(value, (list, tuple)) else [value], integer)
+    if dtype not in NUMBER_TYPES:
         raise UnsupportedError(
             f"metadata '{key}': {value!r} fits no GGUF type; plain values are str, bool, float32, uint32, and lists of "
             "str, bool, float32 or int32; wrap any other number as a numpy scalar or array"
         )
-    return array
+    return np.asarray(value, dtype)
+
+
+def _plain_type(values: list[Any], integer: np.dtype[Any]) -> np.dtype[Any] | None:
+    """The type that plain values are written in, None if they have none in common."""
+    kinds = {type(value) for value in values}
+    if kinds == {bool}:
+        return np.dtype("?")
+    if kinds == {float}:
+        return np.dtype("<f4")
+    limits = np.iinfo(integer)
+    fits = kinds == {int} and all(limits.min <= value <= limits.max for value in values)
+    return integer if fits else None
 
 
 def _string(text: str) -> bytes:

@@ -221,8 +221,8 @@ class GgufWriter(Writer):
     def abort(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._file = None
-            self._partial.unlink(missing_ok=True)
+        self._file = None
+        self._partial.unlink(missing_ok=True)
 
     def _modelfile(self) -> str:
         """Ollama reads the chat template from the GGUF; what it needs beside is where a reply ends."""

@@ -26,22 +26,14 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "▁"
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
-_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_HEAD = r"[^\r\n\p{L}\p{N}]?"
-_CODE_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-LLAMA3 = rf"{_ENGLISH}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
-QWEN2 = rf"{_ENGLISH}|{_WORD}|\p{{N}}|{_REST}"
-TEKKEN = rf"{_HEAD}{_UPPER}*{_LOWER}+|{_HEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_CODE_REST}"
-GPT4O = rf"{_HEAD}{_UPPER}*{_LOWER}+{_ENGLISH}?|{_HEAD}{_UPPER}+{_LOWER}*{_ENGLISH}?|\p{{N}}{{1,3}}|{_CODE_REST}"
-DEEPSEEK3 = (
-    r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+LLAMA3 = _ENGLISH + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
+QWEN2 = _ENGLISH + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
+TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
 )
 
 PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
@@ -51,8 +43,6 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((LLAMA3, "byte-level"), False): "smaug-bpe",
     ((QWEN2, "byte-level"), False): "qwen2",
     ((TEKKEN, "byte-level"), True): "tekken",
-    ((GPT4O, "byte-level"), False): "gpt-4o",
-    ((*DEEPSEEK3, "byte-level"), False): "deepseek-v3",
 }
 """(steps of the pre-tokenizer, whether a word that is a token skips merging) -> llama.cpp's name (llama-vocab.cpp)."""
 
