@@ -9,6 +9,8 @@ import warnings
 import pytest
 import torch
 from folders import quantized, rows_of, same, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fewbits.checkpoint import KINDS, Entry, open_checkpoint
 from fewbits.checkpoint._ct_targets import compact
@@ -193,11 +195,91 @@ def test_damaged_shape_and_unknown_scheme(tmp_path):
         ('"num_bits": 4', '"num_bits": 3', "needs torch.int32"),
         ('"pack-quantized"', '"marlin-24"', "stored as marlin-24"),
         ('"Linear"', '"re:nothing"', "no group of quantization_config targets it"),
-        ('"config_groups"', '"groups"', "no config_groups"),
+        ('"config_groups"', '"groups"', "must have config_groups"),
     ):
         path.write_text(sound.replace(old, new))
         with pytest.raises(CheckpointError, match=message):
             KIND.open(tmp_path / "out")
+
+
+LIBRARY = {
+    "pack4": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}, torch.bfloat16),
+    "pack4-asym": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}, None),
+    "pack3-row": ("pack-quantized", {"num_bits": 3, "strategy": "channel"}, torch.float16),
+    "pack8-fp32-groups": ("pack-quantized", {"num_bits": 8, "strategy": "group", "group_size": 64}, None),
+    "int8-row": ("int-quantized", {"num_bits": 8, "strategy": "channel"}, torch.bfloat16),
+    "int8-tensor-asym": ("int-quantized", {"num_bits": 8, "strategy": "tensor", "symmetric": False}, None),
+    "fp8-tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}, torch.bfloat16),
+    "fp8-row": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_files_that_the_library_wrote_are_read(tmp_path, name):
+    """Compressed by the library itself, scales in any type: our reader gives what its decompressor gives."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+    from safetensors.torch import save_file
+
+    compression, arguments, dtype = LIBRARY[name]
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments), format=compression)
+    torch.manual_seed(0)
+    w = torch.randn(SHAPE)
+    cut = {"tensor": w.reshape(1, -1), "channel": w, "group": w.unflatten(-1, (-1, arguments.get("group_size", 1)))}
+    groups = cut[arguments["strategy"]]
+    low, high = groups.amin(-1, keepdim=arguments["strategy"] == "channel"), groups.amax(-1)
+    scale, zero = calculate_qparams(low, high.reshape(low.shape), scheme.weights)
+    state = {"weight": w, "weight_scale": scale.to(dtype or torch.float32), "weight_zero_point": zero}
+    packed = BaseCompressor.get_value_from_registry(compression).compress(state, scheme)
+    save_file({f"m.{key}": array.contiguous() for key, array in packed.items()}, tmp_path / "model.safetensors")
+    group = {"targets": ["Linear"], "weights": json.loads(scheme.weights.model_dump_json()), "format": compression}
+    config = {"quant_method": "compressed-tensors", "format": compression, "config_groups": {"group_0": group}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+
+    kind, reader = open_checkpoint(tmp_path)
+    assert list(reader.entries) == ["m.weight"]
+    (decoded,) = dict(kind.foreign(tmp_path)).values()
+    # Half of the largest step (E4M3's is 32 below 448), and less than a step for the scale's own rounding and for the
+    # end of the range, which the library clips.
+    step = scale.float().abs().amax() * (32 if "fp8" in name else 1)
+    assert (decoded - w).abs().amax() < 1.5 * step
+    assert torch.equal(reader.read("m.weight").dequantize(), decoded)
+
+
+JUNK = st.sampled_from([None, -1, 0, 3.5, 10**30, True, "x", "re:(", [], [[]], {}, {"a": 1}])
+
+
+def _leaves(value, path=()):
+    yield path
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _leaves(child, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "out"
+    write(KIND, path, tensors_in([FORMATS[n] for n in ("int4-asym-g32", "int8-tensor", "fp8-e4m3", "nvfp4")], (2, 64)))
+    return path, (path / "config.json").read_text()
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), junk=JUNK)
+def test_a_damaged_configuration_raises_nothing_else(small, data, junk):
+    path, sound = small
+    config = json.loads(sound)
+    *way, last = data.draw(st.sampled_from([leaf for leaf in _leaves(config) if leaf]))
+    parent = config
+    for key in way:
+        parent = parent[key]
+    parent[last] = junk
+    (path / "config.json").write_text(json.dumps(config))
+    try:
+        reader = open_checkpoint(path)[1]
+        for name in reader.entries:
+            reader.read(name).dequantize()
+    except CheckpointError:
+        pass
 
 
 def llama(folder, *, tied, intermediate):

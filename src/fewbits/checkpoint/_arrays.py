@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 HASHED = 1 << 22  # bytes hashed at a time
+MAPPED = 1 << 16  # bytes; smaller arrays are copied, because the number of mappings a process may have is limited
 
 DTYPES = {
     "F64": torch.float64,
@@ -84,12 +85,15 @@ class Located:
         return count
 
     def read(self) -> Tensor:
-        """The array. It is mapped, not copied: its pages come from the file when touched and go when it is freed."""
+        """The array. Mapped, not copied: its pages come from the file when touched, and go when the tensor is freed."""
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         with self.file.open("rb") as file:
             self._check(file.fileno())
+            if self.nbytes < MAPPED:
+                data = torch.frombuffer(bytearray(os.pread(file.fileno(), self.nbytes, self.offset)), dtype=torch.uint8)
+                return data.view(self.dtype).view(self.shape)
             window = mmap.mmap(file.fileno(), self.offset - start + self.nbytes, access=mmap.ACCESS_COPY, offset=start)
         window.madvise(mmap.MADV_WILLNEED)
         data = torch.frombuffer(window, dtype=torch.uint8, count=self.nbytes, offset=self.offset - start)
@@ -117,7 +121,7 @@ class Located:
 
 
 class ArrayFolder:
-    """The arrays of one safetensors checkpoint. `metadata` is what its files' headers say beside them, merged."""
+    """The arrays of one safetensors checkpoint. `metadata` is what each file's header says beside them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -13,13 +13,14 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from fewbits.checkpoint._arrays import Located
 from fewbits.errors import CheckpointError
 from fewbits.formats import Affine, ArraySpec, Format, Grouped, QTensor
 from fewbits.formats._bits import pack_bits, unpack_bits, words
 from fewbits.formats.minifloat import Fp8, MxFp4, NvFp4
 
 Read: TypeAlias = Callable[[str, slice | None], Tensor]
+LOCALS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape")
+SCALES = (torch.float32, torch.float16, torch.bfloat16)
 STRATEGIES = {"row": "channel", "tensor": "tensor"}
 BLOCK = 32  # rows whose zero-points fill whole words at any width
 
@@ -52,9 +53,9 @@ class Layout(ABC):
     def decode(self, read: Read, shape: tuple[int, ...], rows: range) -> QTensor:
         """Rows of a weight; `read` gives rows of an array."""
 
-    def shape(self, found: Mapping[str, Located], read: Callable[[str], Tensor]) -> tuple[int, ...]:
-        """Shape of the weight, from the arrays that are there."""
-        return found["weight"].shape
+    def shape(self, where: str, read: Callable[[str], Tensor]) -> tuple[int, ...]:
+        """Shape of the weight, from the arrays that are there. Raises CheckpointError if they make no matrix."""
+        return _matrix(where, "weight", read)
 
     @abstractmethod
     def weights(self) -> dict[str, Any]:
@@ -150,15 +151,15 @@ class PackQuantized(Layout):
         zeros = unpack_bits(stream, self.format.bits, skipped + len(rows))
         return _turned(zeros[:, skipped:])
 
-    def shape(self, found: Mapping[str, Located], read: Callable[[str], Tensor]) -> tuple[int, ...]:
-        packed = found["weight_packed"]
-        stored = read("weight_shape").tolist() if "weight_shape" in found else []
-        if len(stored) != 2 or stored[0] != packed.shape[0] or min(stored) < 1:
+    def shape(self, where: str, read: Callable[[str], Tensor]) -> tuple[int, ...]:
+        rows, columns = _matrix(where, "weight_packed", read)
+        stored = read("weight_shape")
+        if stored.dtype.is_floating_point or stored.shape != (2,) or stored[0] != rows or stored[1] < 1:
             raise CheckpointError(
-                f"{packed.file}: weight_shape is {stored} beside a packed weight of {list(packed.shape)}; "
-                "the file is damaged"
+                f"{where}: weight_shape is {stored.tolist()} beside a packed weight of {[rows, columns]}; "
+                "the file is damaged, so download it again"
             )
-        return tuple(stored)
+        return rows, int(stored[1])
 
     def weights(self) -> dict[str, Any]:
         return self._arguments(self.format.bits, "int", symmetric=self.format.symmetric)
@@ -252,8 +253,8 @@ class Mxfp4PackQuantized(Layout):
     def _ours(self, read: Read, rows: range) -> dict[str, Tensor]:
         return {"packed": read("weight_packed", _slice(rows)), "scale": read("weight_scale", _slice(rows))}
 
-    def shape(self, found: Mapping[str, Located], read: Callable[[str], Tensor]) -> tuple[int, ...]:
-        rows, pairs = found["weight_packed"].shape
+    def shape(self, where: str, read: Callable[[str], Tensor]) -> tuple[int, ...]:
+        rows, pairs = _matrix(where, "weight_packed", read)
         return rows, 2 * pairs
 
     def weights(self) -> dict[str, Any]:
@@ -321,24 +322,22 @@ def layout_of(format: Format, *, int8_layout: str) -> Layout:
 
 def layout_for(what: str, group: Mapping[str, Any], scale: torch.dtype) -> Layout:
     """The layout that a config group declares, its scales being of type `scale`. Raises CheckpointError if unknown."""
-    weights: Mapping[str, Any] = group.get("weights") or {}
+    weights: Mapping[str, Any] = group["weights"]
     groups: dict[Any, Any] = {"channel": "row", "tensor": "tensor", "group": weights.get("group_size")}
+    cut: Any = groups.get(str(weights.get("strategy")))
+    usual = scale in SCALES and (cut in ("row", "tensor") or (type(cut) is int and cut > 0))
     match group.get("format"), weights:
         case "nvfp4-pack-quantized", {"group_size": 16}:
             return Nvfp4PackQuantized(NvFp4())
         case "mxfp4-pack-quantized", {"group_size": 32}:
             return Mxfp4PackQuantized(MxFp4())
-        case "float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel" | "tensor" as strategy}:
-            return FloatQuantized(Fp8(group=groups[strategy]))
+        case "float-quantized", {"num_bits": 8, "type": "float"} if usual and not isinstance(cut, int):
+            return FloatQuantized(Fp8(group=cut))
         case ("pack-quantized" | "int-quantized") as name, {"num_bits": int(bits), "type": "int"} if (
-            1 < bits <= 8 and weights.get("strategy") in groups
+            usual and 2 <= bits <= 8
         ):
-            format = Affine(
-                bits=bits,
-                group=groups[weights["strategy"]],
-                symmetric=bool(weights.get("symmetric", True)),
-            )
-            if isinstance(format.group, int):
+            format = Affine(bits=bits, group=cut, symmetric=bool(weights.get("symmetric", True)))
+            if isinstance(cut, int):
                 format = replace(format, group_scale=scale)
             return PackQuantized(format) if name == "pack-quantized" else IntQuantized(format)
         case name, _:
@@ -346,6 +345,15 @@ def layout_for(what: str, group: Mapping[str, Any], scale: torch.dtype) -> Layou
                 f"{what}: stored as {name} with {dict(weights)}, which fewbits does not read; "
                 "start from the floating-point original"
             )
+
+
+def _matrix(where: str, array: str, read: Callable[[str], Tensor]) -> tuple[int, int]:
+    shape = tuple(read(array).shape)
+    if len(shape) != 2 or 0 in shape:
+        raise CheckpointError(
+            f"{where}: {array} is {list(shape)}, must be a matrix; the file is damaged, or its weights are fused"
+        )
+    return shape[0], shape[1]
 
 
 def _slice(rows: range) -> slice:

@@ -19,11 +19,15 @@ compressed-tensors 0.19.
 What the layouts cannot say is refused: groups that do not divide in_features (the library raises), zero-points or
 global scales of mixture-of-experts weights (transformers drops them when it fuses the experts), embeddings (a target
 `Linear` does not match them, and engines look rows up in floating point).
+
+Every engine rounds on its own account: transformers decodes FP4 in BF16 (so such a model runs in bfloat16 only) and
+fused experts in the type of their scales; all else it decodes, in a float32 model, to exactly these weights.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +36,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fewbits.checkpoint import _ct_layouts as layouts
@@ -166,30 +171,32 @@ class CompressedReader(Reader):
 
     def _find_entries(self) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
-        parts: set[str] = set()
-        for array in self._folder.arrays:
-            module, _, local = array.rpartition(".")
-            if local in ("weight", "weight_packed") and f"{module}.weight_scale" in self._folder.arrays:
-                entries[module + WEIGHT] = self._quantized(module)
-                layout = self._layouts[module + WEIGHT]
-                parts |= _named(module + WEIGHT, layout.arrays(entries[module + WEIGHT].shape)).keys()
+        scaled = {name.removesuffix("_scale") for name in self._folder.arrays if name.endswith(".weight_scale")}
         for array, located in self._folder.arrays.items():
-            if array not in parts and array.rpartition(".")[2] not in ACTIVATION_ARRAYS:
+            module, _, local = array.rpartition(".")
+            name = module + WEIGHT
+            if name in scaled and local in layouts.LOCALS:
+                if name not in entries:
+                    entries[name] = self._quantized(module)
+            elif local not in ACTIVATION_ARRAYS:
                 entries[array] = Entry(array, located.shape, Float(located.dtype))
         return entries
 
     def _quantized(self, module: str) -> Entry:
         name = module + WEIGHT
         group = _group_of(module, self._groups)
-        found = {k.rpartition(".")[2]: a for k, a in _arrays_of(module, self._folder).items()}
         if group is None:
             raise CheckpointError(
                 f"{self.path}: '{module}' is quantized, but no group of quantization_config targets it"
             )
-        if "weight_g_idx" in found:
-            raise CheckpointError(f"{self.path}: '{module}' has reordered activations (weight_g_idx), not supported")
-        layout = layouts.layout_for(f"{self.path}: '{module}'", group, found["weight_scale"].dtype)
-        shape = layout.shape(found, lambda array: self._folder.read(_local(name, array)))
+        if f"{module}.weight_g_idx" in self._folder.arrays:
+            raise CheckpointError(
+                f"{self.path}: '{module}' has its columns reordered (weight_g_idx), which fewbits does not read; "
+                "start from the floating-point original"
+            )
+        where = f"{self.path}: '{module}'"
+        layout = layouts.layout_for(where, group, self._folder.located(f"{module}.weight_scale").dtype)
+        shape = layout.shape(where, lambda array: self._folder.read(_local(name, array)))
         for array, spec in _named(name, layout.arrays(shape)).items():
             self._require(array, spec, layout)
         self._layouts[name] = layout
@@ -197,8 +204,10 @@ class CompressedReader(Reader):
 
     def _require(self, name: str, spec: ArraySpec, layout: Layout) -> None:
         found = self._folder.located(name)
-        same_size = found.shape == spec.shape or (name.endswith("_scale") and found.nbytes == spec.nbytes)
-        if not same_size or (found.dtype != spec.dtype and not name.endswith("weight_scale")):
+        # Others write scales of rows in 16 bits, and leave out dimensions of size 1; both lose nothing here.
+        scale = name.endswith("weight_scale") and spec.dtype == torch.float32 and found.dtype in layouts.SCALES
+        same_size = found.shape == spec.shape or (scale and math.prod(found.shape) == math.prod(spec.shape))
+        if not same_size or (found.dtype != spec.dtype and not scale):
             raise CheckpointError(
                 f"{found.file}: '{name}' is {found.dtype} {list(found.shape)}, but {layout.compression} of "
                 f"{layout.format} needs {spec.dtype} {list(spec.shape)}; the file is damaged or of another version"
@@ -250,12 +259,6 @@ def _local(entry: str, array: str) -> str:
     return entry.removesuffix("weight") + array
 
 
-def _arrays_of(module: str, folder: ArrayFolder) -> dict[str, Any]:
-    locals_ = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_g_idx")
-    names = (f"{module}.{local}" for local in locals_)
-    return {name: folder.arrays[name] for name in names if name in folder.arrays}
-
-
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     found = config.get("quantization_config") or config.get("compression_config") or {}
     return found if isinstance(found, dict) else {}
@@ -265,9 +268,21 @@ def _groups(path: Path, quantization: Mapping[str, Any]) -> list[Mapping[str, An
     """The config groups, each with its own `format`."""
     whole = quantization.get("format")
     groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or not all(isinstance(g, dict) and "targets" in g for g in groups.values()):
-        raise CheckpointError(f"{path / CONFIG}: quantization_config has no config_groups with targets")
+    if not isinstance(groups, dict) or not all(_is_group(group) for group in groups.values()):
+        raise CheckpointError(
+            f"{path / CONFIG}: quantization_config must have config_groups, each with targets (names, or valid regular "
+            "expressions after 're:') and weights; download it again"
+        )
     return [g | {"format": g.get("format") or whole} for g in groups.values()]
+
+
+def _is_group(group: Any) -> bool:
+    try:
+        for target in group["targets"]:
+            re.compile(target.removeprefix("re:"))
+        return isinstance(group["targets"], list) and isinstance(group["weights"], dict)
+    except (TypeError, KeyError, AttributeError, re.error):
+        return False
 
 
 def _group_of(module: str, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -42,8 +42,9 @@ class HuggingFace(Kind):
         return FloatWriter(path, entries, source, config)
 
     def foreign(self, path: Path) -> Iterator[tuple[str, Tensor]]:
-        for file in safetensors_in(path):
-            yield from _by_the_library(file)
+        for name, array in ArrayFolder(path).arrays.items():
+            with safe_open(array.file, "pt") as opened:  # anew for each, as its mapping keeps every page it has shown
+                yield name, opened.get_tensor(name).float()
 
 
 class FloatReader(Reader):
@@ -52,8 +53,9 @@ class FloatReader(Reader):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / CONFIG)
-        method = self.config.get("quantization_config", {}).get("quant_method")
-        if method is not None:
+        quantization = self.config.pop("quantization_config", None)
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise CheckpointError(
                 f"{path}: quantized by {method}, which fewbits does not read; start from the floating-point original"
             )
@@ -92,11 +94,3 @@ def require_admitted(kind: Kind, entries: Sequence[Entry]) -> None:
         trouble = kind.admits(entry)
         if trouble is not None:
             raise UnsupportedError(trouble)
-
-
-def _by_the_library(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, "pt") as listed:
-        names = list(listed.keys())
-    for name in names:
-        with safe_open(file, "pt") as opened:  # opened anew, because its mapping keeps every page it has shown
-            yield name, opened.get_tensor(name).float()
