@@ -16,8 +16,9 @@ Fate = Literal["quantized", "kept", "tied", "dropped"]
 class TensorReport:
     """The ledger's line on one tensor: which parameter of the source it was, what became of it, and what that cost.
 
-    name is the tensor's name in the output, source the parameter it was made of. error is the relative error ‖w − ŵ‖ / ‖w‖, None unless quantized. reason says why it was kept, tied or dropped.
-    digests maps the name of each array in the output to the SHA-256 of its bytes.
+    name is the tensor's name in the output, source the parameter it was made of. error is the relative error
+    ‖w − ŵ‖ / ‖w‖, None unless quantized. reason says why it was kept, tied or dropped. digests maps the name of each
+    array in the output to the SHA-256 of its bytes.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What `fewbits.quantize` did."""
+    """What `fewbits.quantize` did. verified_with names the independent decoder that read the output back."""
 
     source: str
     output: str
@@ -54,6 +55,7 @@ class Quantization:
     output_bytes: int
     weights: int
     seconds: float
+    verified_with: str | None
     tensors: tuple[TensorReport, ...]
 
     @property

@@ -88,13 +88,7 @@ def quantize(
     if announce:
         announce(need, job)
     reports = run(job, threads, progress)
-    if prove:
-        proof = verify(job.out, against=job.source, logits=False, progress=progress)
-        if not proof.passed:
-            raise VerificationError(
-                f"{job.out}: {len(proof.mismatches)} tensors do not read back as meant ({proof.mismatches[0]}); "
-                "do not use this output, and please report it"
-            )
+    decoder = proven(job, progress) if prove else None
     return Quantization(
         source=str(job.source),
         output=str(job.out),
@@ -105,8 +99,20 @@ def quantize(
         output_bytes=output_bytes(job.out),
         weights=sum(_numel(entry.shape) for entry in job.entries),
         seconds=time.monotonic() - began,
+        verified_with=decoder,
         tensors=reports,
     )
+
+
+def proven(job: Job, progress: Progress | None) -> str:
+    """Verify what was written and return the decoder's name. Raises VerificationError if a tensor is not as meant."""
+    proof = verify(job.out, against=job.source, logits=False, progress=progress)
+    if not proof.passed:
+        raise VerificationError(
+            f"{job.out}: {len(proof.mismatches)} tensors do not read back as meant ({proof.mismatches[0]}); "
+            "do not use this output, and please report it"
+        )
+    return proof.decoder or "fewbits itself"
 
 
 def prepare(

@@ -35,9 +35,14 @@ SAME_ERROR = 1e-4
 are good to about 2^-24 · sqrt(2^20) = 6e-5."""
 
 
+def ledger_path(out: Path) -> Path:
+    """Where the ledger of an output lies: in its folder, or beside a GGUF file."""
+    return out / "fewbits.json" if out.is_dir() else out.with_suffix(".fewbits.json")
+
+
 def read_ledger(out: Path) -> dict[str, Any]:
     """The ledger of an output. Raises CheckpointError if it has none or it is damaged."""
-    path = out / "fewbits.json" if out.is_dir() else out.with_suffix(".fewbits.json")
+    path = ledger_path(out)
     try:
         ledger = json.loads(path.read_text(encoding="utf-8"))
         return {**ledger, "tensors": {line["name"]: line for line in ledger["tensors"]}}
@@ -47,6 +52,13 @@ def read_ledger(out: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a ledger ({error}); the output is damaged, quantize again") from error
+
+
+def errors_of(out: Path) -> dict[str, float]:
+    """Relative error of each quantized tensor, as its ledger says; empty where there is no ledger."""
+    if not ledger_path(out).exists():
+        return {}
+    return {name: line["error"] for name, line in read_ledger(out)["tensors"].items() if "error" in line}
 
 
 def verify(

@@ -1,0 +1,123 @@
+"""`fewbits quantize`: a checkpoint into a smaller one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from fewbits.cli._print import count, number, progress_bar, size, table
+from fewbits.results import Estimate, Quantization, TensorReport
+
+if TYPE_CHECKING:
+    from fewbits.pipeline.quantize import Job
+
+
+def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "quantize",
+        help="a checkpoint into a smaller one, proven",
+        description="Store a model's matrices in a format of fewer bits, and prove what was written.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or a hub name when online")
+    parser.add_argument("out", metavar="OUT", help="folder to make; a name ending in .gguf makes a GGUF file")
+    parser.add_argument("--format", default="int4-g128", help="of the matrices (see `fewbits formats`)")
+    parser.add_argument("--method", default="rtn", help="how codes are chosen (see `fewbits methods`)")
+    parser.add_argument(
+        "--vocabulary",
+        metavar="FORMAT",
+        help="of embeddings and output projection; by default kept in a folder, quantized in GGUF",
+    )
+    parser.add_argument("--as", dest="kind", metavar="KIND", help="file type, where OUT and the format leave a choice")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores (%(default)s here)")
+    parser.add_argument("--no-verify", action="store_true", help="do not read the files back with another decoder")
+    parser.set_defaults(run=run, show=show)
+
+
+def run(args: argparse.Namespace) -> Quantization:
+    from fewbits.pipeline import quantize
+
+    with progress_bar() as progress:
+        return quantize(
+            args.model,
+            args.out,
+            format=args.format,
+            method=args.method,
+            kind=args.kind,
+            vocabulary=args.vocabulary,
+            threads=args.threads,
+            prove=not args.no_verify,
+            progress=progress,
+            announce=announce,
+        )
+
+
+def announce(need: Estimate, job: Job) -> None:
+    """What is about to happen, before anything is written; to stderr, like all that is not a result."""
+    seconds = f"{need.seconds:.0f} s" if need.seconds >= 1 else "under a second"
+    print(
+        f"{job.source} → {job.out} ({job.kind.name}): "
+        f"about {seconds}, {size(need.disk)} of disk, {size(need.peak_memory)} of memory",
+        file=sys.stderr,
+    )
+
+
+def show(result: Quantization, console: Console) -> None:
+    console.print(table(("tensors", "format", ">how many", ">weights", ">bytes", ">error"), _by_format(result.tensors)))
+    for reason, tensors in _exceptions(result.tensors).items():
+        console.print(f"  {_named(tensors)}: {reason}", style="dim", markup=False)
+    ratio = result.source_bytes / result.output_bytes
+    console.print(
+        f"\n{size(result.source_bytes)} → [bold]{size(result.output_bytes)}[/], {number(ratio, 3)}× smaller: "
+        f"{number(result.bits_per_weight)} bits a weight over {count(result.weights)} weights, "
+        f"{number(result.seconds, 3)} s"
+    )
+    proof = f"verified with {result.verified_with}" if result.verified_with else "not verified"
+    console.print(f"{result.output} ({result.kind}), {proof}")
+
+
+def _by_format(tensors: Iterable[TensorReport]) -> list[tuple[str, ...]]:
+    groups: dict[tuple[str, str], list[TensorReport]] = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.fate, tensor.format].append(tensor)
+    return [
+        (
+            fate,
+            format,
+            str(len(members)),
+            count(sum(_numel(t) for t in members)) if format else "",
+            size(sum(t.nbytes for t in members)) if format else "",
+            _mean_error(members),
+        )
+        for (fate, format), members in groups.items()
+    ]
+
+
+def _mean_error(tensors: list[TensorReport]) -> str:
+    errors = [t.error for t in tensors if t.error is not None]
+    return f"{100 * sum(errors) / len(errors):.2f} %" if errors else ""
+
+
+def _exceptions(tensors: Iterable[TensorReport]) -> dict[str, list[str]]:
+    """Reason -> names of the tensors that it made an exception of."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.reason:
+            reasons[tensor.reason.replace(f"{tensor.name}: ", "")].append(tensor.name)
+    return reasons
+
+
+def _named(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _numel(tensor: TensorReport) -> int:
+    total = 1
+    for length in tensor.shape:
+        total *= length
+    return total
