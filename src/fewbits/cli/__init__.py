@@ -1,0 +1,89 @@
+"""The command line: one file per verb; parses, calls, prints.
+
+A verb is a module with three functions:
+
+    add(subparsers)         its arguments; ends in `set_defaults(run=run, show=show)`
+    run(args) -> result     calls the library; returns one of its dataclasses and prints nothing to stdout
+    show(result, console)   prints the result for people, tables by `_print`
+
+`main` does what they have in common. With `--json` it prints the result as one JSON object instead of calling `show`,
+so nothing else can reach stdout; progress and notes go to stderr. A result with a property `passed` that is false makes
+the exit code 1. Rooms that are slow to import (transformers) are imported inside `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fewbits.cli import evaluate, explain, formats, inspect, memory, methods, quantize, verify
+from fewbits.cli._print import EXIT_CODES, console, error, printed
+from fewbits.errors import FewbitsError, VerificationError
+from fewbits.results import as_json
+
+VERBS = (quantize, verify, evaluate, inspect, formats, methods, memory, explain)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Wrong usage and --help end in SystemExit, as argparse does it."""
+    args = _parser().parse_args(_with_negative_numbers(sys.argv[1:] if argv is None else argv))
+    try:
+        result = args.run(args)
+        if args.json:
+            print(json.dumps(as_json(result), ensure_ascii=False))
+        else:
+            sys.stdout.write(printed(console(), lambda c: args.show(result, c)))
+        sys.stdout.flush()
+        return 0 if getattr(result, "passed", True) else 1
+    except FewbitsError as problem:
+        _report(problem, as_object=args.json)
+        return 1 if isinstance(problem, VerificationError) else 3
+    except KeyboardInterrupt as problem:
+        _report(problem, as_object=args.json)
+        return 130
+    except BrokenPipeError:  # the reader (`| head`) has seen enough; keep the interpreter from flushing again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fewbits",
+        description="AI models in fewer bits: smaller, faster, and proven to still work.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for verb in VERBS:
+        verb.add(subparsers)
+    for command in subparsers.choices.values():
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object to stdout, and nothing else there"
+        )
+        command.set_defaults(wrong_usage=command.error)
+    return parser
+
+
+def _with_negative_numbers(argv: Sequence[str]) -> list[str]:
+    """Arguments such as -1e-3, which argparse takes for options, behind a space: then it takes them for values."""
+    return [f" {arg}" if arg.startswith("-") and _is_number(arg) else arg for arg in argv]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _report(problem: BaseException, *, as_object: bool) -> None:
+    message = str(problem) or "interrupted"
+    if as_object:
+        details: dict[str, Any] = {"type": type(problem).__name__, "message": message}
+        print(json.dumps({"error": details}, ensure_ascii=False))
+    error(message)

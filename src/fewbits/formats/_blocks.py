@@ -26,6 +26,7 @@ class Block(Grouped):
 
     group: int = 32
 
+    purpose: ClassVar[str] = "llama.cpp, Ollama and LM Studio, on CPUs as on GPUs"
     fields: ClassVar[tuple[tuple[str, int], ...]]
     """Bytes of one block in file order: (field, bytes)."""
     ggml_type: ClassVar[int]

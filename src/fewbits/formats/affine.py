@@ -50,6 +50,9 @@ class Affine(Scaled):
     bits: int = 8
     symmetric: bool = True
     summary: ClassVar[str] = "integers: scale · (q − zero)"
+    purpose: ClassVar[str] = (
+        "the common choice everywhere: at 8 bits practically lossless, at 4 small, at 3 and 2 with a calibrated method"
+    )
 
     @property
     def name(self) -> str:

@@ -52,7 +52,9 @@ class Format(ABC):
     """Which numbers a tensor can hold, and which bytes hold them."""
 
     summary: ClassVar[str]
-    """One sentence for `fewbits formats`."""
+    """What it is, in one phrase, for `fewbits formats`."""
+    purpose: ClassVar[str]
+    """What it is good for, in one phrase, for `fewbits explain`."""
     columnwise: ClassVar[bool] = True
     """Whether columns can be rounded one at a time at fixed params, as GPTQ needs."""
 

@@ -24,6 +24,7 @@ class Binary(Scaled):
     """Codes 0 (minus) and 1 (plus), uint8. Param: scale."""
 
     summary: ClassVar[str] = "sign times scale"
+    purpose: ClassVar[str] = "models trained with two values; others lose nearly all they know"
 
     @property
     def name(self) -> str:

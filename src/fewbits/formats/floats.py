@@ -30,6 +30,7 @@ class Float(Format):
     dtype: torch.dtype
 
     summary = "floating point, one number at a time"
+    purpose = "what models are trained and shipped in; norms and biases stay in it"
 
     @property
     def name(self) -> str:

@@ -38,6 +38,7 @@ class Fp8(Grouped):
     exponent: int = 4
 
     summary: ClassVar[str] = "8-bit floating point times a scale"
+    purpose: ClassVar[str] = "GPUs with FP8 units: half of BF16's bytes at almost no loss"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,6 +118,7 @@ class MxFp4(_Fp4):
     group: int = 32
 
     summary: ClassVar[str] = "4-bit floating point, power-of-two scale per 32 (OCP MX)"
+    purpose: ClassVar[str] = "GPUs with microscaling units, and models that were trained in it"
 
     @property
     def name(self) -> str:
@@ -154,6 +156,7 @@ class NvFp4(_Fp4):
     group: int = 16
 
     summary: ClassVar[str] = "4-bit floating point, FP8 scale per 16 under one FP32 scale"
+    purpose: ClassVar[str] = "NVIDIA GPUs from Blackwell on; finer scales than MXFP4, so a smaller loss"
 
     @property
     def name(self) -> str:

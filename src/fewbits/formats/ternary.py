@@ -25,6 +25,7 @@ class Ternary(Scaled):
     """Codes −1, 0, 1 (int8). Param: scale."""
 
     summary: ClassVar[str] = "−scale, 0 or +scale"
+    purpose: ClassVar[str] = "models trained with three values (BitNet); others lose most of what they know"
 
     @property
     def name(self) -> str:

@@ -1,0 +1,97 @@
+"""`fewbits memory`: what a model needs at every format, and which machines hold it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from fewbits.cli._print import count, number, size, table
+
+if TYPE_CHECKING:
+    from fewbits.plan.memory import Memory, Row, Shape
+
+
+def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "memory",
+        help="what fits where: bytes at every format, KV cache included",
+        description="Bytes of a model's weights at every format, its KV cache, and the machines that hold both.",
+    )
+    parser.add_argument("model", metavar="SIZE|MODEL", help="a count of parameters (7B, 350M) or a checkpoint's path")
+    parser.add_argument(
+        "--context", type=_positive, default=8192, metavar="TOKENS", help="tokens cached (default 8192)"
+    )
+    parser.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences at once (default 1)")
+    parser.add_argument("--all", action="store_true", help="every format rather than one of each family")
+    parser.set_defaults(run=run, show=show)
+
+
+def run(args: argparse.Namespace) -> Memory:
+    from fewbits.formats import FORMATS
+    from fewbits.plan.memory import memory
+
+    parameters, shape = _model(args.model)
+    formats = FORMATS.values() if args.all else None
+    return memory(parameters, shape, model=args.model, context=args.context, batch=args.batch, formats=formats)
+
+
+def show(result: Memory, console: Console) -> None:
+    from fewbits.plan.memory import MACHINES, USABLE
+
+    unit, name = (1e9, "GB") if result.rows[0].total >= 1e9 else (1e6, "MB")
+    console.print(_title(result), "")
+    columns = ("format", ">bits/weight", f">weights {name}", ">scales", ">with fp16 KV", ">int8 KV", "fits GB")
+    console.print(table(columns, [_cells(row, unit, MACHINES) for row in result.rows]))
+    console.print(
+        f"\nfits: machines that hold weights, scales and an FP16 cache in {USABLE:.0%} of their memory. "
+        "Every weight is counted at the format's bits, though norms and some embeddings stay in 16."
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _model(text: str) -> tuple[int, Shape]:
+    """Parameters and shape of a size such as 7B, or of a checkpoint, whose headers alone are read."""
+    from fewbits.plan.memory import nearest_published, parameter_count, shape_from_config
+
+    parameters = parameter_count(text) if not Path(text).exists() else None
+    if parameters is not None:
+        return parameters, nearest_published(parameters)
+
+    from fewbits.checkpoint import open_checkpoint
+
+    _, reader = open_checkpoint(Path(text))
+    counted = sum(math.prod(entry.shape) for entry in reader.entries.values())
+    return counted, shape_from_config(reader.config, Path(text).name)
+
+
+def _title(m: Memory) -> Text:
+    sequences = "" if m.batch == 1 else f" × {m.batch} sequences"
+    return Text.assemble(
+        (m.model, "bold"),
+        f"   {count(m.parameters)} weights\nKV cache of {m.context} tokens{sequences}: {size(m.kv_fp16)} in FP16, "
+        f"{size(m.kv_int8)} in INT8 (the shape of {m.architecture})",
+    )
+
+
+def _cells(row: Row, unit: float, machines: tuple[int, ...]) -> tuple[str, ...]:
+    return (
+        row.format,
+        number(row.bits_per_weight),
+        *(_amount(x / unit) for x in (row.weights, row.scales, row.total, row.total_int8_kv)),
+        " ".join(f"{m if m in row.fits else '·':>2}" for m in machines),
+    )
+
+
+def _amount(x: float) -> str:
+    return "0" if x == 0 else f"{x:.1f}" if x >= 100 else f"{x:.2f}" if x >= 0.1 else f"{x:.3f}"
