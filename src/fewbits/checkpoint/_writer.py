@@ -35,7 +35,7 @@ from fewbits.formats import ArraySpec, QTensor
 
 LEDGER = "fewbits.json"
 SHARD = 5 * 10**9  # bytes of data in one file, as on the hub
-WRITE_BACK = 1 << 20  # bytes; longer writes set the disk to work at once, so that the final flush finds little to do
+WRITE_BACK = 1 << 23  # bytes of an array after which the disk is set to work, so that the final flush is short
 SPARE = 1 << 24  # bytes of the folder that are not weights: tokenizer, configuration, ledger
 
 COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".bpe", ".spm", ".vocab")
@@ -53,6 +53,7 @@ class _Array:
     file: _File
     start: int
     written: int = 0
+    sent: int = 0  # bytes that the disk was set to work on
     digest: Any = field(default_factory=hashlib.sha256)
 
     @property
@@ -70,6 +71,9 @@ class _Array:
         view = flat.numpy().data
         self.file.write(view, self.start + self.written)
         self.written += len(view)
+        if self.written - self.sent >= WRITE_BACK:
+            self.file.send(self.start + self.sent, self.written - self.sent)
+            self.sent = self.written
         self.digest.update(view)
 
 
@@ -99,9 +103,15 @@ class _File:
             begin, end = offset, offset + len(data)
             while offset < end:
                 offset += os.pwrite(self._descriptor, data[offset - begin :], offset)
-        if end - begin >= WRITE_BACK and hasattr(os, "posix_fadvise"):
-            # Linux starts to write dirty pages back when told that they are not needed, and keeps them meanwhile.
-            os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+    def send(self, offset: int, length: int) -> None:
+        """Set the disk to work on bytes already written, without waiting for it.
+
+        Linux starts to write dirty pages back when told that they are not needed, and keeps them until that is done.
+        """
+        with self._lock:
+            if self._descriptor >= 0 and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
     def close(self, *, flush: bool = False) -> None:
         with self._lock:
