@@ -205,6 +205,17 @@ def test_unfinished_entry_is_not_committed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_failure_in_the_last_step_leaves_nothing(tmp_path):
+    with KIND.create(tmp_path / "m.gguf", [], tmp_path, METADATA) as writer, pytest.raises(TypeError):
+        writer.commit({"not JSON": object()})
+    assert list(tmp_path.iterdir()) == []
+    with KIND.create(tmp_path / "m.gguf", [], tmp_path, METADATA) as writer:
+        (tmp_path / "m.Modelfile").mkdir()
+        with pytest.raises(OutputError, match="Modelfile"):
+            writer.commit({})
+    assert [path.name for path in tmp_path.iterdir()] == ["m.Modelfile"]
+
+
 def test_more_rows_than_declared_are_refused(tmp_path):
     with KIND.create(tmp_path / "m.gguf", entries_of(tensors()), tmp_path, METADATA) as writer:
         writer.write("norm.weight", tensors()["norm.weight"])

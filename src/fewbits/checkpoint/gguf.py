@@ -168,6 +168,7 @@ class GgufWriter(Writer):
         self._beside = {"ledger": path.with_name(f"{stem}.fewbits.json"), "Ollama": path.with_name(f"{stem}.Modelfile")}
         self._metadata = {**metadata, **_file_facts(metadata, entries)}
         self._partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
+        self._leftovers = [self._partial]
         self._file: _File | None = None
         for target in (path, *self._beside.values()):
             refuse_existing(target)
@@ -212,9 +213,11 @@ class GgufWriter(Writer):
             for target in (self._path, *self._beside.values()):
                 refuse_existing(target)
             for which, target in self._beside.items():
+                self._leftovers.append(target)
                 target.write_text(texts[which], encoding="utf-8")
                 flush(target)
             self._partial.rename(self._path)
+            self._leftovers.clear()
             flush(self._path.parent)
         self._file = None
 
@@ -222,7 +225,9 @@ class GgufWriter(Writer):
         if self._file is not None:
             self._file.close()
         self._file = None
-        self._partial.unlink(missing_ok=True)
+        for leftover in self._leftovers:
+            leftover.unlink(missing_ok=True)
+        self._leftovers.clear()
 
     def _modelfile(self) -> str:
         """Ollama reads the chat template from the GGUF; what it needs beside is where a reply ends."""
