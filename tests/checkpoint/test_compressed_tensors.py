@@ -349,6 +349,21 @@ def test_transformers_loads_exactly_these_weights(tmp_path, name, choose, interm
         assert torch.equal(state[entry], q.dequantize()), entry
 
 
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_transformers_loads_fp4_in_bfloat16(tmp_path, format):
+    """The library decodes FP4 in BF16 whatever the model's type: these weights, rounded once."""
+    from transformers import AutoModelForCausalLM
+
+    llama(tmp_path / "source", tied=True, intermediate=192)
+    config, tensors = requantized(tmp_path / "source", everywhere(format))
+    write(KIND, tmp_path / "out", tensors, source=tmp_path / "source", config=config)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    model(torch.arange(8)[None])
+    state = model.state_dict()
+    for entry, q in tensors.items():
+        assert torch.equal(state[entry], q.dequantize().bfloat16()), entry
+
+
 def test_transformers_fuses_experts_to_exactly_these_weights(tmp_path):
     """It decompresses experts in the type of their scales, FP16 here; a 4-bit code times a scale is exact in FP32."""
     from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
