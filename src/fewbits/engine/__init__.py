@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fewbits.engine.loading import load
-from fewbits.engine.skeleton import configuration, is_causal
+from fewbits.engine.skeleton import is_causal
+from fewbits.engine.weights import open_weights
 
-__all__ = ["configuration", "is_causal", "load"]
+__all__ = ["is_causal", "load", "open_weights"]

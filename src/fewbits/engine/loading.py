@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from fewbits.checkpoint import open_checkpoint
-from fewbits.engine.skeleton import configuration, skeleton
-from fewbits.engine.weights import Weight
+from fewbits.engine.skeleton import skeleton
+from fewbits.engine.weights import Weight, open_weights
 from fewbits.errors import CheckpointError
 from fewbits.nn import QuantizedEmbedding, QuantizedLinear, can_replace, replace
 
@@ -48,9 +47,7 @@ def load(
     architecture that transformers does not have.
     """
     path = Path(path)
-    _, reader = open_checkpoint(path)
-    config = configuration(path, reader.config)
-    weights = {name: Weight(reader, entry) for name, entry in reader.entries.items()}
+    config, weights = open_weights(path)
     model = skeleton(config, dtype)
     _fill(model, weights, _Target(dtype, torch.device(device), packed))
     if (path / "generation_config.json").is_file():

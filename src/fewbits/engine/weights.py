@@ -1,4 +1,4 @@
-"""One weight of a checkpoint on its way into a model, read a slab of rows at a time.
+"""The weights of a checkpoint by the names of the model's parameters, each read a slab of rows at a time.
 
 A slab is what exists in float beside the result, so loading needs the model once and a few megabytes.
 """
@@ -7,17 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from fewbits.checkpoint import Entry, Reader
+from fewbits.checkpoint import Entry, Reader, open_checkpoint
+from fewbits.engine.skeleton import configuration
 from fewbits.formats import Float
-from fewbits.models.base import Restored
+from fewbits.models import Restored, from_gguf
 from fewbits.nn import PackedWeight
 
 SLAB = 1 << 22
 """Weights read at a time: 16 MB of float32."""
+ROPE_FACTORS = "rope_freqs.weight"
+"""GGUF's tensor of rotary factors, which is a part of the configuration elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,9 @@ class Weight:
         for rows in self._slabs():
             part = self.reader.read(self.entry.name, rows)
             numbers = part.codes if isinstance(format, Float) else part.dequantize()
+            if self.restored is not None and self.restored.added:
+                numbers = numbers.float() + self.restored.added
             w[rows or ...] = numbers.to(device)
-        if self.restored is not None:
-            w += self.restored.added
         order = self._order()
         return w if order is None else w[order.to(device)]
 
@@ -73,3 +78,18 @@ class Weight:
     def _order(self) -> Tensor | None:
         """Which row of the file is each row of the parameter; None where they are the same."""
         return None if self.restored is None else self.restored.row_order(self.entry.shape[0])
+
+
+def open_weights(path: Path) -> tuple[PretrainedConfig, dict[str, Weight]]:
+    """The configuration of a checkpoint of any kind, and its weights by the names that transformers knows them by.
+
+    Raises CheckpointError or UnsupportedError for what cannot be opened.
+    """
+    kind, reader = open_checkpoint(path)
+    if kind.name != "gguf":
+        weights = {name: Weight(reader, entry) for name, entry in reader.entries.items()}
+        return configuration(path, reader.config), weights
+    factors = reader.read(ROPE_FACTORS).dequantize().tolist() if ROPE_FACTORS in reader.entries else None
+    values, restored = from_gguf(reader.config, reader.entries, factors)
+    weights = {name: Weight(reader, reader.entries[place.source], place) for name, place in restored.items()}
+    return configuration(path, values), weights

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fewbits.checkpoint import open_checkpoint
-from fewbits.engine import configuration, is_causal, load
+from fewbits.engine import is_causal, load, open_weights
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.evals.divergence import Comparison, kl_divergence, require_numbers, require_windows, token_losses
 from fewbits.evals.reference import (
@@ -160,8 +159,7 @@ def _cached(path: Path) -> Reference | None:
 
 
 def _causal_configuration(path: Path) -> PretrainedConfig:
-    _, reader = open_checkpoint(path)
-    config = configuration(path, reader.config)
+    config, _ = open_weights(path)
     if not is_causal(config):
         named = ", ".join(config.architectures or ["no class"])
         raise UnsupportedError(

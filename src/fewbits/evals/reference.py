@@ -11,8 +11,8 @@ normalised again. An error e(t) of a log-probability then moves KL(p ‖ q) by �
 order, roughly 1e-4 · √(2 KL) of either sign, and by half the variance of e, about 1e-9, to second order. Averaged over
 thousands of tokens it stays below 1e-6 nats. Below e^−80 a probability is nothing.
 
-Layout, little-endian: MAGIC; the header's length, uint32; the header, JSON; token ids, int32 [windows, length]; then
-for each window its records (RECORD [T]), its codes (uint16 [T, V]) and the CRC-32 of both, uint32.
+Layout, little-endian: MAGIC; the header's length and CRC-32, uint32 each; the header, JSON; token ids, int32
+[windows, length]; then for each window its records (RECORD [T]), its codes (uint16 [T, V]) and the CRC-32 of both.
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ def _decoded(records: NDArray[Any], codes: NDArray[np.uint16]) -> Tensor:
 
 def _write(file: Any, header: Mapping[str, Any], windows: Windows, predictions: Iterable[Prediction]) -> None:
     text = json.dumps(header).encode()
-    file.write(MAGIC + struct.pack("<I", len(text)) + text + windows.ids.numpy().astype("<i4").tobytes())
+    file.write(
+        MAGIC + struct.pack("<II", len(text), zlib.crc32(text)) + text + windows.ids.numpy().astype("<i4").tobytes()
+    )
     for prediction in predictions:
         high, span, codes = encoded(prediction.logits.float().log_softmax(-1))
         records = np.zeros(len(high), RECORD)
@@ -188,8 +190,11 @@ def _write(file: Any, header: Mapping[str, Any], windows: Windows, predictions: 
 def _read_header(file: BinaryIO) -> dict[str, Any]:
     if _exactly(file, len(MAGIC)) != MAGIC:
         raise ValueError("it begins with other bytes")
-    (length,) = struct.unpack("<I", _exactly(file, 4))
-    header: dict[str, Any] = json.loads(_exactly(file, length))
+    length, checksum = struct.unpack("<II", _exactly(file, 8))
+    text = _exactly(file, length)
+    if zlib.crc32(text) != checksum:
+        raise ValueError("the header's checksum does not fit")
+    header: dict[str, Any] = json.loads(text)
     return header
 
 
@@ -216,7 +221,7 @@ def _exactly(file: BinaryIO, nbytes: int) -> bytes:
 def _nbytes(header: Mapping[str, Any]) -> int:
     windows, length, vocabulary = header["windows"], header["length"], header["vocabulary"]
     window = (length - 1) * (RECORD.itemsize + 2 * vocabulary) + 4
-    return int(len(MAGIC) + 4 + len(json.dumps(header)) + windows * (4 * length + window))
+    return int(len(MAGIC) + 8 + len(json.dumps(header)) + windows * (4 * length + window))
 
 
 def _require_room(path: Path, nbytes: int) -> None:
