@@ -62,9 +62,9 @@ def _scheme(quantization: Any, module: str) -> Any:
 
 
 def _weight(state: dict[str, Tensor], scheme: Any) -> Tensor:
-    rows = (state["weight_packed"] if "weight_packed" in state else state["weight"]).shape[0]
-    columns = state["weight_shape"][1] if "weight_shape" in state else next(iter(state.values())).shape[1] * 2
-    step = max(BLOCK, SLAB // int(columns) // BLOCK * BLOCK)
+    stored = state["weight_packed"] if "weight_packed" in state else state["weight"]
+    rows, columns = stored.shape[0], 8 * stored.shape[1] * stored.itemsize // scheme.weights.num_bits
+    step = max(BLOCK, SLAB // columns // BLOCK * BLOCK)
     slabs = (_slab(state, range(i, min(i + step, rows)), rows, scheme) for i in range(0, rows, step))
     return torch.cat([_decompressed(slab, scheme) for slab in slabs])
 
