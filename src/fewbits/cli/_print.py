@@ -64,7 +64,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table
 def size(count: float) -> str:
     """Bytes, to three or four digits: 3.5 GB, 14 GB, 812 MB."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor * 0.9995:
+        if count >= factor * 0.99995:
             return f"{number(count / factor)} {unit}"
     return f"{count:.0f} B"
 
@@ -72,7 +72,7 @@ def size(count: float) -> str:
 def count(n: float) -> str:
     """A count of weights: 7B, 1.24B, 494M, 260k."""
     for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= factor * 0.9995:
+        if n >= factor * 0.99995:
             return f"{number(n / factor)}{unit}"
     return f"{n:.0f}"
 

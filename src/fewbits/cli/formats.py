@@ -54,19 +54,34 @@ def run(args: argparse.Namespace) -> Listing:
 
 
 def show(result: Listing, console: Console) -> None:
-    heading: tuple[str, ...] = ("format", ">bits/weight", ">levels", "file types", "what it is")
+    universal = [kind for kind in result.formats[0].file_types if all(kind in x.file_types for x in result.formats)]
+    heading: tuple[str, ...] = ("format", ">bits", ">levels", "file types", "what it is")
     if result.all:
-        console.print(table(heading, [(x.name, _bits(x), _levels(x), _types(x), x.summary) for x in result.formats]))
+        rows = [_full(line, universal) for line in result.formats]
+        console.print(table(heading, rows))
     else:
-        families: dict[str, list[Line]] = {}
-        for line in result.formats:
-            families.setdefault(line.family, []).append(line)
         # A narrow terminal does without the last column.
         columns = ("format", "variants", *heading[1:])[: None if console.width >= ROOMY else -1]
-        console.print(table(columns, [_condensed(lines)[: len(columns)] for lines in families.values()]))
-        console.print("\nA name is a format with or without a variant: int4, int4-g128.")
-    starred = "" if result.all else " A file type with * holds some variants only."
-    console.print(f"Bits per weight include the scales (4096 × 4096 matrix).{starred}")
+        rows = [_condensed(lines, universal)[: len(columns)] for lines in _families(result.formats)]
+        console.print(table(columns, rows))
+        console.print(
+            "\nA name is a format with or without a variant: int4, int4-g128. A file type with * holds some only."
+        )
+    console.print(
+        f"File types besides {' and '.join(universal)}. Bits are those of a weight and its share of the scales "
+        "in a 4096 × 4096 matrix."
+    )
+
+
+def _full(line: Line, universal: list[str]) -> tuple[str, ...]:
+    return line.name, f"{line.bits_per_weight:.3f}", _levels(line), _types([line], universal), line.summary
+
+
+def _families(lines: tuple[Line, ...]) -> list[list[Line]]:
+    families: dict[str, list[Line]] = {}
+    for line in lines:
+        families.setdefault(line.family, []).append(line)
+    return list(families.values())
 
 
 def _lines() -> list[Line]:
@@ -92,23 +107,18 @@ def _lines() -> list[Line]:
     ]
 
 
-def _condensed(lines: list[Line]) -> tuple[str, ...]:
+def _condensed(lines: list[Line], universal: list[str]) -> tuple[str, ...]:
     first = lines[0]
     variants = " ".join(line.name.removeprefix(line.family) for line in lines if line.name != line.family)
     least, most = (number(bound(x.bits_per_weight for x in lines), 3) for bound in (min, max))
-    kinds = dict.fromkeys(kind for line in lines for kind in line.file_types)
-    held = [kind if all(kind in x.file_types for x in lines) else f"{kind}*" for kind in kinds]
     bits = least if least == most else f"{least}–{most}"
-    return first.family, variants, bits, _levels(first), ", ".join(held), first.summary
-
-
-def _bits(line: Line) -> str:
-    return f"{line.bits_per_weight:.3f}"
+    return first.family, variants, bits, _levels(first), _types(lines, universal), first.summary
 
 
 def _levels(line: Line) -> str:
     return "" if line.levels is None else str(line.levels)
 
 
-def _types(line: Line) -> str:
-    return ", ".join(line.file_types)
+def _types(lines: list[Line], universal: list[str]) -> str:
+    kinds = dict.fromkeys(kind for line in lines for kind in line.file_types if kind not in universal)
+    return ", ".join(kind if all(kind in x.file_types for x in lines) else f"{kind}*" for kind in kinds)

@@ -45,11 +45,11 @@ def show(result: Memory, console: Console) -> None:
 
     unit, name = (1e9, "GB") if result.rows[0].total >= 1e9 else (1e6, "MB")
     console.print(_title(result), "")
-    columns = ("format", ">bits/weight", f">weights {name}", ">scales", ">with fp16 KV", ">int8 KV", "fits GB")
+    columns = ("format", ">bits", ">weights", ">scales", ">with fp16 KV", ">int8 KV", "^fits")
     console.print(table(columns, [_cells(row, unit, MACHINES) for row in result.rows]))
     console.print(
-        f"\nfits: machines that hold weights, scales and an FP16 cache in {USABLE:.0%} of their memory. "
-        "Every weight is counted at the format's bits, though norms and some embeddings stay in 16."
+        f"\nAll in {name}. fits: machines (GB) that hold weights, scales and an FP16 cache in {USABLE:.0%} of their "
+        "memory. Every weight is counted at the format's bits, though norms and some embeddings stay in 16."
     )
 
 
@@ -89,7 +89,7 @@ def _cells(row: Row, unit: float, machines: tuple[int, ...]) -> tuple[str, ...]:
         row.format,
         number(row.bits_per_weight),
         *(_amount(x / unit) for x in (row.weights, row.scales, row.total, row.total_int8_kv)),
-        " ".join(f"{m if m in row.fits else '·':>2}" for m in machines),
+        " ".join(f"{m if m in row.fits else '·':>{len(str(m))}}" for m in machines),
     )
 
 

@@ -122,12 +122,12 @@ def anatomy(format: Format) -> Anatomy:
 def journey(value: float, format: Format, low: float | None = None, high: float | None = None) -> Journey:
     """One number through a format whose group spreads evenly over [low, high]; by default over ±|value|.
 
-    Raises FormatError if value or range is not finite, the range is empty, or the format cannot hold it.
+    Raises FormatError if value or range is beyond FP32, the range is empty, or the format cannot hold the value.
     """
     low = -abs(value) if low is None else low
     high = abs(value) if high is None else high
-    if not all(math.isfinite(x) for x in (value, low, high)):
-        raise FormatError(f"{format.name}: value {value} and range {low} … {high} must be finite numbers")
+    if not all(abs(x) <= torch.finfo(torch.float32).max for x in (value, low, high)):
+        raise FormatError(f"{format.name}: value {value} and range {low} … {high} must be finite numbers within FP32")
     if low > high:
         raise FormatError(f"range {low} … {high} is empty: give the lower end first")
     width = format.group if isinstance(format, Grouped) and isinstance(format.group, int) else 32
