@@ -48,13 +48,13 @@ def _split(pattern: str) -> Any:
 
 
 def sentencepiece(*, bos: bool = True, metaspace: str | None = None) -> Tokenizer:
-    """A BPE over ▁ with byte fallback and the merges that transformers makes of a SentencePiece model: all there are."""
+    """A BPE over ▁ with byte fallback and, as transformers makes them of a SentencePiece model, all possible merges."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trainer = trainers.BpeTrainer(vocab_size=220, show_progress=False)
     trained.train_from_iterator([TEXT] * 3, trainer)
-    pieces = [piece for piece, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1]) if piece != "\n"]
+    pieces = [piece for piece, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1]) if "\n" not in piece]
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocab = {word: i for i, word in enumerate(words)}
     merges = [

@@ -39,7 +39,7 @@ SMALLEST_PAIR = 8 + 4 + 1
 SMALLEST_TENSOR = 8 + 4 + 4 + 8
 
 BOOL, STRING, ARRAY = 7, 8, 9
-NUMBERS = {
+NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),

@@ -78,6 +78,7 @@ def _module_roles(model: nn.Module) -> dict[str, Role]:
     """Role of each of the model's parameters and buffers, tied ones under each of their names."""
     output = _or_none(model, "get_output_embeddings")
     experts = {count for key in EXPERT_COUNTS if (count := _config_value(model, key))}
+    experts |= {1} if experts else set()  # the gate of a shared expert has one output
     roles = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():

@@ -61,7 +61,7 @@ def tokenizer_metadata(folder: Path, config: Mapping[str, Any], *, pre: str | No
         )
     steps = tuple(_steps(spec.get("pre_tokenizer")))
     vocabulary = _Vocabulary(spec, int(config["vocab_size"]))
-    if any(step.startswith("byte-level") for step in steps):
+    if any(kind["type"] == "ByteLevel" for kind in _kinds(spec.get("pre_tokenizer"), "pretokenizers")):
         keys = _byte_level(spec, vocabulary, steps, pre)
     else:
         keys = _sentencepiece(spec, vocabulary, steps)
@@ -164,12 +164,15 @@ def _scores(vocabulary: _Vocabulary, merges: list[tuple[str, str]]) -> list[floa
 
 
 def _require_complete(vocabulary: _Vocabulary, merges: set[tuple[str, str]]) -> None:
-    """Raise UnsupportedError unless any two tokens whose union is a token may merge: llama.cpp merges them."""
+    """Raise UnsupportedError unless all that llama.cpp would merge may merge: any two tokens whose union is a token.
+
+    It starts from single characters, whether they are tokens or not.
+    """
     plain = {text for text in vocabulary.ids if text not in vocabulary.added and text not in BYTES}
     for token in plain:
         for cut in range(1, len(token)):
             pair = token[:cut], token[cut:]
-            if pair not in merges and pair[0] in plain and pair[1] in plain:
+            if pair not in merges and all(part in plain or len(part) == 1 for part in pair):
                 raise UnsupportedError(
                     f"no merge joins {pair[0]!r} and {pair[1]!r}, though {token!r} is a token: SentencePiece did not "
                     "make this BPE, and llama.cpp, which goes by scores alone, would merge them"

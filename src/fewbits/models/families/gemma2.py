@@ -53,9 +53,7 @@ class Gemma2(Gemma):
             self.refuse(f"query_pre_attn_scalar {config['query_pre_attn_scalar']}", f"its graph computes with {scale}")
         found, fixed = self.windows(config), self.fixed_windows(config)
         if found != fixed:
-            self.refuse(
-                f"layer_types {config['layer_types']}", f"it leaves out the window in every {self.pattern}. layer"
-            )
+            self.refuse(f"windows {found}", f"its graph leaves out the window in every {self.pattern}. layer")
 
     def fixed_windows(self, config: Config) -> tuple[int | None, ...]:
         """The order of windows that llama.cpp knows."""
