@@ -227,6 +227,18 @@ def test_generate_copy_and_state_dict(tmp_path):
     assert torch.equal(outputs(twin), outputs(model))
 
 
+def test_transformers_own_tying_and_saving(tmp_path):
+    source = build("llama, tied", tmp_path / "source")
+    model = load(quantize(source, tmp_path / "out", "fewbits", "int8", lambda name: "embed" in name))
+    before = outputs(model)
+    model.tie_weights()
+    assert torch.equal(outputs(model), before)
+    with pytest.raises(UnsupportedError, match="packed=False"):
+        model.save_pretrained(tmp_path / "saved")
+    load(tmp_path / "out", packed=False).save_pretrained(tmp_path / "saved")
+    assert torch.equal(outputs(theirs(tmp_path / "saved")), before)
+
+
 def edit(folder: Path, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)

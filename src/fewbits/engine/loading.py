@@ -22,8 +22,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from fewbits.engine.skeleton import skeleton
 from fewbits.engine.weights import Weight, open_weights
-from fewbits.errors import CheckpointError
-from fewbits.nn import QuantizedEmbedding, QuantizedLinear, can_replace, replace
+from fewbits.errors import CheckpointError, UnsupportedError
+from fewbits.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear, can_replace, replace
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,16 @@ def load(
     _fill(model, weights, _Target(dtype, torch.device(device), packed))
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    if any(isinstance(module, PackedWeight) for module in model.modules()):
+        setattr(model, "save_pretrained", _refuse_saving)  # noqa: B010  # mypy forbids the plain assignment
     return model.to(torch.device(device))  # type: ignore[arg-type,no-any-return]  # the decorator hides the signature
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    raise UnsupportedError(
+        "save_pretrained would write packed weights under names that nothing loads; copy the checkpoint it "
+        "came from, or load that with packed=False to save it in floating point"
+    )
 
 
 @dataclass(frozen=True)
@@ -161,28 +170,38 @@ def _assign(model: nn.Module, name: str, value: Tensor, expected: Mapping[str, T
 def _tie(model: PreTrainedModel, filled: set[str]) -> set[str]:
     """Let parameters that the architecture ties share one weight; returns the names filled that way.
 
-    Where the file has both, they are tied only if they are equal.
+    Where the file has both, they are tied only if they are equal. What is not tied as a Parameter is taken off
+    transformers' list, or its `tie_weights` would look for the Parameters.
     """
-    shared = set()
+    shared, tied = set[str](), dict[str, str]()
     for target, source in model.all_tied_weights_keys.items():
         if target in filled and source in filled:
-            _tie_equal(model, target, source)
+            if not _equal(model, target, source):
+                log.info("%s and %s, tied by the configuration, differ in the file: loaded as they are", target, source)
+                continue
+            _share(model, target, source)
         elif source in filled:
             _share(model, target, source)
             shared.add(target)
         elif target in filled:
             _share(model, source, target)
             shared.add(source)
+        if _parameter(model, target) is not None:
+            tied[target] = source
+    if tied != model.all_tied_weights_keys:
+        model.all_tied_weights_keys = model._tied_weights_keys = tied
     return shared
 
 
-def _tie_equal(model: nn.Module, target: str, source: str) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    a, b = parameters.get(target), parameters.get(source)
-    if a is not None and b is not None and torch.equal(a, b):
-        _share(model, target, source)
-    else:
-        log.info("%s and %s are tied by the configuration but differ in the file: loaded as they are", target, source)
+def _equal(model: nn.Module, target: str, source: str) -> bool:
+    a, b = _parameter(model, target), _parameter(model, source)
+    return a is not None and b is not None and torch.equal(a, b)
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The Parameter of that name; None where its layer holds a packed weight."""
+    module_name, _, leaf = name.rpartition(".")
+    return model.get_submodule(module_name)._parameters.get(leaf)
 
 
 def _share(model: nn.Module, target: str, source: str) -> None:

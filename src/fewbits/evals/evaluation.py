@@ -154,7 +154,7 @@ def _cached(path: Path) -> Reference | None:
     try:
         return open_reference(path)
     except CheckpointError as error:
-        log.warning("%s; it is made again", error)
+        log.warning("%s; the original runs again", error)
         return None
 
 

@@ -46,10 +46,10 @@ SAMPLE = 1 << 20  # bytes at either end of a model file that go into its identit
 
 @dataclass(frozen=True)
 class Prediction:
-    """The original's predictions over one window. All on the CPU.
+    """A model's predictions over one window; those of a file are on the CPU.
 
     loss: −ln p of the token that came, float64 [T]; top: the likeliest token, int64 [T];
-    logits: log-probabilities as stored, float32 [T, vocab], normalised only nearly.
+    logits: float32 [T, vocab]; those of a file are log-probabilities, normalised only nearly.
     """
 
     loss: Tensor
@@ -153,7 +153,7 @@ def open_reference(path: Path) -> Reference:
             if windows.digest != header["tokens"] or file.read(1):
                 raise ValueError("its tokens or its end are not those it was written with")
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path} is not a whole reference file ({error}); delete it") from error
+        raise CheckpointError(f"{path} is not a whole reference file ({error})") from error
     return Reference(path, windows, vocabulary)
 
 
