@@ -247,7 +247,7 @@ def test_full_disk_is_found_before_and_while_writing(tmp_path, monkeypatch):
     ("entry", "reason"),
     [
         (Entry("w", (4, 32), format_named("int4-g32")), "no type for int4-g32"),
-        (Entry("w", (4, 32), Float(torch.float64)), "no type for float64"),
+        (Entry("w", (4, 32), Float(torch.float64)), "no type for"),
         (Entry("n", (32,), Float(torch.float16)), "fp32 only"),
         (Entry("w" * 64, (4, 32), format_named("q8_0")), "63 bytes"),
         (Entry("w", (1, 1, 1, 1, 32), Float(torch.float32)), "1 to 4 dimensions"),
@@ -335,6 +335,12 @@ def test_types_it_does_not_read_are_named(tmp_path, kind, named):
     path.write_bytes(head(tensors=1) + tensor((256, 1), kind=kind) + bytes(1000))
     with pytest.raises(CheckpointError, match=named):
         KIND.open(path)
+
+
+def test_one_part_of_a_split_model_is_refused(tmp_path):
+    write(KIND, tmp_path / "m.gguf", tensors(), config={"split.count": np.uint16(3), "split.no": np.uint16(0)})
+    with pytest.raises(CheckpointError, match="one of 3 parts"):
+        KIND.open(tmp_path / "m.gguf")
 
 
 def opened(path):

@@ -11,7 +11,7 @@ from tiny import SHAPE, export, read_config, read_weights, save_model, sentencep
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fewbits.checkpoint.gguf import Gguf
-from fewbits.errors import UnsupportedError
+from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import format_named
 from fewbits.models import (
     FAMILIES,
@@ -245,3 +245,23 @@ def test_foreign_parameters_and_tensors_are_refused_by_name():
     assert not gguf_supported({"model_type": "phi3"})
     with pytest.raises(UnsupportedError, match="architecture 'falcon'"):
         from_gguf({"general.architecture": "falcon"}, [])
+
+
+def test_incomplete_metadata_is_refused_by_key(tmp_path):
+    save_model(tmp_path / "model", "llama")
+    export(tmp_path / "model", tmp_path / "m.gguf")
+    whole = Gguf().open(tmp_path / "m.gguf").config
+    names = ["token_embd.weight"]
+    assert from_gguf(whole, names)[1].keys() == {"model.embed_tokens.weight"}
+    for key in ("llama.block_count", "llama.attention.head_count", "tokenizer.ggml.tokens"):
+        part = {k: v for k, v in whole.items() if k != key}
+        with pytest.raises(CheckpointError, match=key.removeprefix("llama.")):
+            from_gguf(part, names)
+    with pytest.raises(UnsupportedError, match="another kind"):
+        from_gguf(whole | {"llama.attention.head_count_kv": [1, 2]}, names)
+    with pytest.raises(UnsupportedError, match="dimension_count 4"):
+        from_gguf(whole | {"llama.rope.dimension_count": 4}, names)
+    with pytest.raises(UnsupportedError, match="rope_factors"):
+        from_gguf(whole, ["rope_freqs.weight"])
+    with pytest.raises(UnsupportedError, match=r"blk\.0\.ffn_gate_exps"):
+        from_gguf(whole, ["blk.0.ffn_gate_exps.weight"])

@@ -107,6 +107,11 @@ class GgufReader(Reader):
         self.path = path
         header = read_header(path)
         self.config = header.metadata
+        if header.metadata.get("split.count", 1) != 1:
+            raise CheckpointError(
+                f"{path}: is one of {header.metadata['split.count']} parts of a model; "
+                "join them first with llama-gguf-split --merge"
+            )
         size = path.stat().st_size
         self.entries: dict[str, Entry] = {}
         self._arrays: dict[str, Located] = {}
@@ -232,9 +237,10 @@ class GgufWriter(Writer):
     def _modelfile(self) -> str:
         """Ollama reads the chat template from the GGUF; what it needs beside is where a reply ends."""
         lines = [f"# ollama create NAME -f {self._beside['Ollama'].name}", f"FROM ./{self._path.name}"]
-        tokens, eos = self._metadata.get("tokenizer.ggml.tokens"), self._metadata.get("tokenizer.ggml.eos_token_id")
-        if tokens and eos is not None and tokens[eos].isprintable() and '"' not in tokens[eos]:
-            lines.append(f'PARAMETER stop "{tokens[eos]}"')
+        tokens, eos = self._metadata.get("tokenizer.ggml.tokens", ()), self._metadata.get("tokenizer.ggml.eos_token_id")
+        stop = tokens[eos] if eos is not None and eos < len(tokens) else ""
+        if stop and stop.isprintable() and '"' not in stop:
+            lines.append(f'PARAMETER stop "{stop}"')
         return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewbits.errors import UnsupportedError
+from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.models.base import Piece, Restored, Role
 from fewbits.models.families import FAMILIES, Family
 from fewbits.models.families._family import OUTSIDE
@@ -84,7 +84,8 @@ def from_gguf(
 
     names are the file's tensors. rope_factors are the values of rope_freqs.weight, needed where the file has it. A tied
     output is not in the mapping: transformers ties it by the configuration.
-    Raises UnsupportedError for an architecture or a tensor that is not among the families here.
+    Raises UnsupportedError for an architecture or a tensor that is not among the families here, CheckpointError where
+    the metadata is incomplete.
     """
     found = frozenset(names)
     family = _family_of_file(metadata, found)
@@ -92,8 +93,13 @@ def from_gguf(
         raise UnsupportedError(f"the file has {ROPE_FACTORS}: pass its values as rope_factors")
     prefix = f"{family.arch}."
     values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    values["tokens"] = len(metadata["tokenizer.ggml.tokens"])
-    config = _restored_config(family, values, found, rope_factors) | _special_ids(metadata)
+    try:
+        values["tokens"] = len(metadata["tokenizer.ggml.tokens"])
+        config = _restored_config(family, values, found, rope_factors) | _special_ids(metadata)
+    except KeyError as error:
+        raise CheckpointError(f"the file's metadata lacks {error}, which a {family.arch} must have") from error
+    except (TypeError, ValueError) as error:
+        raise UnsupportedError(f"the file's {family.arch} metadata has a value of another kind: {error}") from error
     return config, _restored(family, config, found - {ROPE_FACTORS})
 
 
@@ -152,7 +158,8 @@ def _restored_config(
 ) -> dict[str, Any]:
     heads = int(values["attention.head_count"])
     head_dim = int(values.get("attention.key_length", values["embedding_length"] // heads))
-    windowed = {**values, "attention.key_length": head_dim}
+    if int(values.get("rope.dimension_count", head_dim)) != head_dim:
+        raise UnsupportedError(f"rope.dimension_count {values['rope.dimension_count']} of a head of {head_dim}")
     return {
         "architectures": [family.causal_lm],
         "model_type": family.model_type,
@@ -168,7 +175,7 @@ def _restored_config(
         "rope_parameters": restored_rope(values, factors),
         "tie_word_embeddings": "output.weight" not in names,
         "dtype": "float32",
-    } | family.restored(windowed, names)
+    } | family.restored({**values, "attention.key_length": head_dim}, names)
 
 
 def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int | None]:

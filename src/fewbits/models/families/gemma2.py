@@ -75,6 +75,9 @@ class Gemma2(Gemma):
         return super().hyperparameters(config) | {key: value for key, value in own.items() if value}
 
     def restored(self, values: Config, names: frozenset[str]) -> dict[str, Any]:
+        pattern = values.get("attention.sliding_window_pattern", self.pattern)
+        if pattern != self.pattern:
+            self.refuse(f"sliding_window_pattern {pattern}", f"its graph has windows in all but every {self.pattern}.")
         big = values["block_count"] == self.largest
         per_head = values["embedding_length"] // values["attention.head_count"]
         return super().restored(values, names) | {
