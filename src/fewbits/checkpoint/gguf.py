@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,13 +85,14 @@ class Gguf(Kind):
     def foreign(self, path: Path) -> Iterator[tuple[str, Tensor]]:
         """By gguf-py, which shares no code with this file."""
         from gguf import GGUFReader
-        from gguf.quants import dequantize
+        from gguf.quants import dequantize, quant_shape_to_byte_shape
 
-        names = [tensor.name for tensor in GGUFReader(path).tensors]
-        for i, name in enumerate(names):
-            tensor = GGUFReader(path).tensors[i]  # opened anew: its mapping keeps every page that was touched
-            weight = dequantize(tensor.data, tensor.tensor_type)
-            yield name, torch.from_numpy(weight.astype("float32")).reshape(tuple(reversed(tensor.shape.tolist())))
+        for tensor in GGUFReader(path).tensors:
+            # Read rather than taken from gguf-py's mapping of the file, which would keep every page that was touched.
+            data = np.fromfile(path, np.uint8, int(tensor.n_bytes), offset=int(tensor.data_offset))
+            shape = tuple(reversed(tensor.shape.tolist()))
+            rows = data.reshape(quant_shape_to_byte_shape(shape, tensor.tensor_type))
+            yield tensor.name, torch.from_numpy(dequantize(rows, tensor.tensor_type).astype(np.float32)).reshape(shape)
 
 
 def ggml_type(format: Format) -> int | None:

@@ -37,7 +37,7 @@ class Gemma2(Gemma):
     needed: ClassVar[tuple[str, ...]] = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")
     """What must not be null: llama.cpp falls back to values of its own."""
     pattern: ClassVar[int] = 2
-    """Every so manieth layer has no window."""
+    """Every pattern-th layer has no window."""
     largest: ClassVar[int] = 46
     """Layers of the 27B model, whose attention llama.cpp scales by 1/√(hidden_size / heads) instead of 1/√head_dim."""
 
@@ -53,7 +53,7 @@ class Gemma2(Gemma):
             self.refuse(f"query_pre_attn_scalar {config['query_pre_attn_scalar']}", f"its graph computes with {scale}")
         found, fixed = self.windows(config), self.fixed_windows(config)
         if found != fixed:
-            self.refuse(f"windows {found}", f"its graph leaves out the window in every {self.pattern}. layer")
+            self.refuse(f"windows {found}", f"its graph leaves out the window in every {self.pattern}th layer")
 
     def fixed_windows(self, config: Config) -> tuple[int | None, ...]:
         """The order of windows that llama.cpp knows."""
@@ -77,7 +77,7 @@ class Gemma2(Gemma):
     def restored(self, values: Config, names: frozenset[str]) -> dict[str, Any]:
         pattern = values.get("attention.sliding_window_pattern", self.pattern)
         if pattern != self.pattern:
-            self.refuse(f"sliding_window_pattern {pattern}", f"its graph has windows in all but every {self.pattern}.")
+            self.refuse(f"sliding_window_pattern {pattern}", f"its layers without a window are every {self.pattern}th")
         big = values["block_count"] == self.largest
         per_head = values["embedding_length"] // values["attention.head_count"]
         return super().restored(values, names) | {
