@@ -7,6 +7,7 @@ written, so a file's header comes first and its data can be streamed: nobody eve
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     format: Format
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -20,16 +20,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fewbits.cli import evaluate, explain, formats, inspect, memory, methods, quantize, verify
+from fewbits.cli import demo, evaluate, explain, formats, inspect, memory, methods, quantize, verify
 from fewbits.cli._print import EXIT_CODES, console, error, printed
 from fewbits.errors import FewbitsError, VerificationError
 from fewbits.results import as_json
 
-VERBS = (quantize, verify, evaluate, inspect, formats, methods, memory, explain)
+VERBS = (quantize, verify, evaluate, inspect, formats, methods, memory, explain, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Wrong usage and --help end in SystemExit, as argparse does it."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars; ours is the one on stderr
     args = _parser().parse_args(_with_negative_numbers(sys.argv[1:] if argv is None else argv))
     try:
         result = args.run(args)

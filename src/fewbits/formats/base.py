@@ -265,7 +265,7 @@ class Scaled(Grouped):
         return super().suffix + ("-bf16" if self.scale_dtype == torch.bfloat16 else "")
 
     def with_scales_in(self, dtype: torch.dtype) -> Format:
-        return replace(self, group_scale=dtype)
+        return replace(self, group_scale=dtype) if isinstance(self.group, int) else self
 
     def stored(self, scale: Tensor) -> Tensor:
         """The scale, float32, as its bytes will hold it."""

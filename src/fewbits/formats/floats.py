@@ -34,7 +34,8 @@ class Float(Format):
 
     @property
     def name(self) -> str:
-        return _NAMES.get(self.dtype, str(self.dtype).removeprefix("torch."))
+        # "raw-", because int8 alone is the name of an affine format
+        return _NAMES.get(self.dtype, str(self.dtype).replace("torch.", "raw-"))
 
     @property
     def cells(self) -> str:
