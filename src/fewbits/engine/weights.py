@@ -19,8 +19,8 @@ from fewbits.formats import Float
 from fewbits.models import Restored, from_gguf
 from fewbits.nn import PackedWeight
 
-SLAB = 1 << 22
-"""Weights read at a time: 16 MB of float32."""
+SLAB = 1 << 20
+"""Weights read at a time: 4 MB of float32, and what decoding takes beside it."""
 ROPE_FACTORS = "rope_freqs.weight"
 """GGUF's tensor of rotary factors, which is a part of the configuration elsewhere."""
 
