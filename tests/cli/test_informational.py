@@ -16,8 +16,9 @@ from fewbits.formats import FORMATS
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command and returns (exit code, stdout, stderr)."""
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command in 160 columns and returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "160")
 
     def call(*argv: str) -> tuple[int, str, str]:
         code = main(argv)

@@ -149,7 +149,8 @@ def _line(levels: tuple[float, ...]) -> Text:
     counts = [0] * LINE
     for level in levels:
         counts[min(int((level - levels[0]) / span * LINE), LINE - 1)] += 1
-    line = "".join(_column(count, max(counts)) for count in counts)
+    few = len(levels) <= LISTED or max(counts) == 1
+    line = "".join(_tick(count) if few else _column(count, max(counts)) for count in counts)
     left, right = number(levels[0]), number(levels[-1])
     ends = left + right.rjust(LINE - len(left))
     if levels[0] < 0 < levels[-1]:
@@ -158,9 +159,11 @@ def _line(levels: tuple[float, ...]) -> Text:
     return Text(line, style="cyan") + Text("\n" + ends, style="dim")
 
 
+def _tick(count: int) -> str:
+    return "┼" if count else "─"
+
+
 def _column(count: int, most: int) -> str:
-    if most == 1:
-        return "┼" if count else "─"
     return HEIGHTS[math.ceil((len(HEIGHTS) - 1) * math.log1p(count) / math.log1p(most))]
 
 
