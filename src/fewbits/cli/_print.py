@@ -57,7 +57,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table
         fixed = justify != "left" or not made.columns
         made.add_column(name, justify=justify, no_wrap=fixed, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))  # never markup: names have [ ]
     return made
 
 

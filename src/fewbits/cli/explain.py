@@ -104,7 +104,7 @@ def _anatomy(a: Anatomy) -> RenderableType:
         facts.add_row("precision", f"{number(a.epsilon)} relative (the step after 1)")
     facts.add_row("bits", _bits_per_weight(a))
     facts.add_row("scales", _group(a))
-    facts.add_row("good for", a.purpose)
+    facts.add_row("good for", Text(a.purpose))
     title = Text.assemble((a.name, "bold"), f"   {a.summary}")
     return Group(title, "", _cells(a.cells, a.cells), "", facts)
 
