@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.evals.divergence import require_numbers
@@ -84,10 +84,11 @@ def self_text(
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     ids = torch.full((windows, 1), _first_token(model), device=model.device)
-    cache = DynamicCache(config=model.config)
+    cache = None
     with torch.inference_mode():
         while ids.shape[1] < length:
-            logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
+            output = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+            logits, cache = output.logits[:, -1].float(), output.past_key_values
             require_numbers(logits, str(model.name_or_path))
             ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
             if progress is not None:
