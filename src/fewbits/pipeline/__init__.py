@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fewbits.pipeline._quantize import quantize
 from fewbits.pipeline._source import local_folder
-from fewbits.pipeline.quantize import quantize
-from fewbits.pipeline.verify import errors_of, verify
+from fewbits.pipeline._verify import errors_of, verify
 
 __all__ = ["errors_of", "local_folder", "quantize", "verify"]

@@ -68,12 +68,11 @@ class Rules:
     gguf: bool = False
 
     def plan(self, tensors: Sequence[Tensor]) -> Plan:
-        """A choice for every tensor. Raises UnsupportedError if nothing at all could be given the format."""
+        """A choice for every tensor. Raises UnsupportedError if no matrix at all could be quantized as was asked."""
         plan = {tensor.name: self.choose(tensor) for tensor in tensors}
-        wanted = not isinstance(self.format, Float)
-        if wanted and not any(choice.quantized for choice in plan.values()):
-            matrices = [plan[tensor.name].reason for tensor in tensors if tensor.role in MATRICES]
-            why = matrices[0] if matrices else "it has no linear layers"
+        matrices = [plan[tensor.name] for tensor in tensors if tensor.role in MATRICES]
+        if not isinstance(self.format, Float) and not any(choice.quantized for choice in matrices):
+            why = matrices[0].reason if matrices else "it has no linear layers"
             raise UnsupportedError(
                 f"no tensor of the model can be stored as {self.format}: {why}; choose another format or file type"
             )

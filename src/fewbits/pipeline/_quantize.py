@@ -27,7 +27,7 @@ from fewbits.methods import Method, TensorMethod, method_named
 from fewbits.models import Architecture, Piece, describe, gguf_dropped, gguf_extras, gguf_metadata
 from fewbits.pipeline._estimate import check_room, estimate, source_bytes
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, read_rows, row_step
-from fewbits.pipeline.verify import verify
+from fewbits.pipeline._verify import verify
 from fewbits.plan.rules import Choice, Plan, Rules, parse
 from fewbits.plan.rules import Tensor as PlanTensor
 from fewbits.results import Estimate, Fate, Quantization, TensorReport
