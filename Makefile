@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint bench quality clean
+.PHONY: demo test test-peers check lint clean
 
 demo: .venv/.ready  ## quantize, verify and evaluate the bundled model at 8, 4, 3 and 2 bits
 	$(BIN)/python -m fewbits demo
 
 test: .venv/.ready  ## the default tests (minutes)
 	$(BIN)/python -m pytest -n auto
+
+test-peers: .venv/.peers  ## the tests that run llama.cpp; builds it first (10 to 25 minutes)
+	$(BIN)/python -m pytest -n auto tests/models tests/pipeline
 
 check: lint test  ## everything that must hold before a commit
 
@@ -22,6 +25,10 @@ lint: .venv/.ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/.peers: .venv/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama-cpp]'
 	touch $@
 
 clean:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import fewbits
 from fewbits.checkpoint import KINDS, open_checkpoint
 from fewbits.errors import CheckpointError, FormatError, LedgerError, OutputError, UnsupportedError
+from fewbits.pipeline import _quantize as pipeline
 from fewbits.pipeline._verify import read_ledger
 
 

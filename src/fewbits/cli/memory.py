@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from rich.text import Text
 from fewbits.cli._print import count, number, size, table
 
 if TYPE_CHECKING:
-    from fewbits.plan.memory import Memory, Row, Shape
+    from fewbits.plan.memory import Memory, Row
 
 
 def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,9 +34,16 @@ def run(args: argparse.Namespace) -> Memory:
     from fewbits.formats import FORMATS
     from fewbits.plan.memory import memory
 
-    parameters, shape = _model(args.model)
-    formats = FORMATS.values() if args.all else None
-    return memory(parameters, shape, model=args.model, context=args.context, batch=args.batch, formats=formats)
+    parameters, cached, architecture = _model(args.model, args.context)
+    return memory(
+        parameters,
+        cached,
+        model=args.model,
+        architecture=architecture,
+        context=args.context,
+        batch=args.batch,
+        formats=FORMATS.values() if args.all else None,
+    )
 
 
 def show(result: Memory, console: Console) -> None:
@@ -60,19 +66,21 @@ def _positive(text: str) -> int:
     return value
 
 
-def _model(text: str) -> tuple[int, Shape]:
-    """Parameters and shape of a size such as 7B, or of a checkpoint, whose headers alone are read."""
-    from fewbits.plan.memory import nearest_published, parameter_count, shape_from_config
+def _model(text: str, context: int) -> tuple[int, int, str]:
+    """Parameters, numbers in the cache, and whose shape that is: of a size such as 7B, or of a checkpoint's headers."""
+    from fewbits.plan.memory import nearest_published, parameter_count
 
     parameters = parameter_count(text) if not Path(text).exists() else None
     if parameters is not None:
-        return parameters, nearest_published(parameters)
+        shape = nearest_published(parameters)
+        return parameters, shape.numbers(context), shape.name
 
     from fewbits.checkpoint import open_checkpoint
+    from fewbits.models import cache_shape
 
     _, reader = open_checkpoint(Path(text))
-    counted = sum(math.prod(entry.shape) for entry in reader.entries.values())
-    return counted, shape_from_config(reader.config, Path(text).name)
+    weights = sum(entry.weights for entry in reader.entries.values())
+    return weights, cache_shape(reader.config).numbers(context), Path(text).name
 
 
 def _title(m: Memory) -> Text:

@@ -15,7 +15,7 @@ from fewbits.cli._print import count, number, progress_bar, size, table
 from fewbits.results import Estimate, Quantization, TensorReport
 
 if TYPE_CHECKING:
-    from fewbits.pipeline.quantize import Job
+    from fewbits.pipeline._quantize import Job
 
 
 def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,6 +32,11 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--vocabulary",
         metavar="FORMAT",
         help="of embeddings and output projection; by default kept in a folder, quantized in GGUF",
+    )
+    parser.add_argument(
+        "--pretokenizer",
+        metavar="NAME",
+        help="llama.cpp's name of the pre-tokenizer, for a GGUF file whose tokenizer fewbits does not know",
     )
     parser.add_argument("--as", dest="kind", metavar="KIND", help="file type, where OUT and the format leave a choice")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores (%(default)s here)")
@@ -50,6 +55,7 @@ def run(args: argparse.Namespace) -> Quantization:
             method=args.method,
             kind=args.kind,
             vocabulary=args.vocabulary,
+            pretokenizer=args.pretokenizer,
             threads=args.threads,
             prove=not args.no_verify,
             progress=progress,
@@ -78,7 +84,7 @@ def show(result: Quantization, console: Console) -> None:
         f"{number(result.seconds, 3)} s"
     )
     proof = f"verified with {result.verified_with}" if result.verified_with else "not verified"
-    console.print(f"{result.output} ({result.kind}), {proof}")
+    console.print(f"{result.output} ({result.kind}), {proof}", markup=False)
 
 
 def _by_format(tensors: Iterable[TensorReport]) -> list[tuple[str, ...]]:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fewbits.errors import CheckpointError, UnsupportedError
+from fewbits.models import model_class
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -57,7 +58,7 @@ def is_causal(config: PretrainedConfig) -> bool:
     """Whether the model predicts the next token at every position."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return _model_class(config).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return model_class(config).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -66,22 +67,5 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     Other constructors may leave small parameters on the CPU; every one is to be replaced by the file's.
     """
     with _EmptyOnMeta():
-        model: PreTrainedModel = _model_class(config)._from_config(config, dtype=dtype)
+        model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype)
     return cast(PreTrainedModel, model.eval())
-
-
-def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that config.json names, or the causal language model of its type."""
-    import transformers
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    mapping = next((m for m in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING) if type(config) in m), None)
-    if mapping is None:
-        raise UnsupportedError(f"{config.name_or_path}: transformers has no model class for '{config.model_type}'")
-    chosen: Any = mapping[type(config)]
-    first: type[PreTrainedModel] = chosen[0] if isinstance(chosen, tuple) else chosen
-    return first

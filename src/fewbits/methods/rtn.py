@@ -20,24 +20,34 @@ from fewbits.methods.base import TensorMethod
 
 @dataclass(frozen=True)
 class RoundToNearest(TensorMethod):
-    """The nearest code of every number, at scales that are searched or taken from the range."""
+    """The nearest code of every number, at searched scales."""
 
-    search: bool = True
-
-    summary: ClassVar[str] = "nearest code at scales from a least-squares search, or (plain) from the range"
+    summary: ClassVar[str] = "nearest code, at scales searched for the least squared error"
 
     @property
     def name(self) -> str:
-        return "rtn" if self.search else "rtn-plain"
+        return "rtn"
 
     def quantize(self, w: Tensor, format: Format, *, importance: Tensor | None = None) -> QTensor:
-        if self.search:
-            params = format.fit(w, importance, search=True)
-            return QTensor(format, format.round(w, params), params)
+        params = format.fit(w, importance, search=True)
+        return QTensor(format, format.round(w, params), params)
+
+
+@dataclass(frozen=True)
+class PlainRounding(TensorMethod):
+    """The format's reference encoding. Raises UnsupportedError if it is given an importance, which it cannot use."""
+
+    summary: ClassVar[str] = "nearest code, at scales from the range: fast, and byte for byte the reference encoder's"
+
+    @property
+    def name(self) -> str:
+        return "rtn-plain"
+
+    def quantize(self, w: Tensor, format: Format, *, importance: Tensor | None = None) -> QTensor:
         if importance is not None:
             raise UnsupportedError("rtn-plain takes scales from the range and cannot weigh errors; use rtn")
         codes, params = format.plain(w)
         return QTensor(format, codes, params)
 
 
-RTN = (RoundToNearest(), RoundToNearest(search=False))
+RTN = (RoundToNearest(), PlainRounding())

@@ -5,6 +5,7 @@ Nothing here holds weights or opens weight files.
 
 from __future__ import annotations
 
+from fewbits.models._modules import model_class
 from fewbits.models.base import Architecture, Piece, Restored, Role, halved_order, interleaved_order
 from fewbits.models.cache import CacheShape, cache_shape
 from fewbits.models.describe import describe
@@ -36,5 +37,6 @@ __all__ = [
     "gguf_supported",
     "halved_order",
     "interleaved_order",
+    "model_class",
     "unfused",
 ]

@@ -39,10 +39,10 @@ def _without_weights(config: Mapping[str, Any]) -> Any:
     values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     made = CONFIG_MAPPING[kind].from_dict(values)
     with torch.device("meta"):
-        return _class(made)._from_config(made)
+        return model_class(made)._from_config(made)
 
 
-def _class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The class that config.json names, else the causal language model of its type, else the bare model."""
     import transformers
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING

@@ -9,6 +9,9 @@ from typing import Any
 from fewbits.errors import UnsupportedError
 from fewbits.models.families import FAMILIES
 
+OLD_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
+"""GPT-2's words, which some later configurations took over."""
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -31,6 +34,7 @@ class CacheShape:
 def cache_shape(config: Mapping[str, Any]) -> CacheShape:
     """The cache of a decoder with this config.json. Raises UnsupportedError where it does not say how many heads."""
     text = {**config, **(config.get("text_config") or {})}
+    text |= {name: text[old] for old, name in OLD_NAMES.items() if old in text}
     family = FAMILIES.get(str(text.get("model_type")))
     full = family.filled(text) if family else text
     missing = [key for key in ("num_hidden_layers", "num_attention_heads", "hidden_size") if key not in full]

@@ -130,8 +130,8 @@ def _pre_name(steps: tuple[str, ...], ignore_merges: bool) -> str:
     if name is None:
         raise UnsupportedError(
             f"pre-tokenizer {list(steps)} with ignore_merges {str(ignore_merges).lower()} is none of those known here "
-            f"({', '.join(PRE_TOKENIZERS.values())}); if llama.cpp has it under some name, give that name as `pre` "
-            "to gguf_metadata, else write compressed-tensors"
+            f"({', '.join(PRE_TOKENIZERS.values())}); if llama.cpp has it under some name, give that name "
+            "(--pretokenizer NAME), else write compressed-tensors"
         )
     return name
 

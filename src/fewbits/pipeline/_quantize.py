@@ -66,6 +66,7 @@ def quantize(
     method: str | Method = "rtn",
     kind: str | None = None,
     vocabulary: str | Format | None = None,
+    pretokenizer: str | None = None,
     prove: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -75,12 +76,13 @@ def quantize(
 
     model: a Hugging Face folder, or a hub name. out: a path that does not exist; a name ending in .gguf makes a GGUF
     file. format: for the matrices; vocabulary: for embeddings and output projection (None: the file type's own rule).
-    kind: a name from `checkpoint.KINDS`, by default the first that holds the format. prove: reopen the files with an
+    kind: a name from `checkpoint.KINDS`, by default the first that holds the format. pretokenizer: llama.cpp's name
+    of a pre-tokenizer that fewbits does not know (GGUF only). prove: reopen the files with an
     independent decoder and compare every tensor. progress: called with (bytes done, bytes, label). announce: called
     with the estimate before anything is written.
     Raises a FewbitsError; then nothing is left at `out`.
     """
-    job = prepare(model, out, format=format, method=method, kind=kind, vocabulary=vocabulary)
+    job = prepare(model, out, format=format, method=method, kind=kind, vocabulary=vocabulary, pretokenizer=pretokenizer)
     began = time.monotonic()
     threads = threads or os.cpu_count() or 1
     need = estimate(job.entries, job.method, threads, PART)
@@ -123,6 +125,7 @@ def prepare(
     method: str | Method,
     kind: str | None,
     vocabulary: str | Format | None,
+    pretokenizer: str | None,
 ) -> Job:
     """Open the source and decide every tensor's fate; nothing is written."""
     source, out = local_folder(model), Path(out)
@@ -140,7 +143,7 @@ def prepare(
     plan = rules.plan([PlanTensor(p.name, p.role.value, p.shape, dtype_of(reader, p.source)) for p in pieces])
     metadata, extras, dropped = reader.config, dict[str, tuple[float, ...]](), dict[str, str]()
     if target.name == "gguf":
-        metadata, extras = gguf_metadata(reader.config, source), gguf_extras(reader.config)
+        metadata, extras = gguf_metadata(reader.config, source, pre=pretokenizer), gguf_extras(reader.config)
         dropped = gguf_dropped(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     chosen = method_named(method) if isinstance(method, str) else method
     if not isinstance(chosen, TensorMethod):

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from fewbits.errors import FewbitsError, UnsupportedError
+from fewbits.errors import FewbitsError
 from fewbits.formats import FORMATS, Format
 from fewbits.formats.explain import bits_per_weight, code_bits, family
 
@@ -30,9 +29,9 @@ class Shape:
     kv_heads: int
     head_dim: int
 
-    def kv_bytes(self, tokens: int, bytes_per_number: int) -> int:
-        """Keys and values of so many tokens."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * bytes_per_number
+    def numbers(self, context: int) -> int:
+        """Keys and values kept after `context` tokens."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * context
 
 
 # Published configurations (config.json of each model): weights -> shape.
@@ -77,15 +76,25 @@ class Memory:
 
 
 def memory(
-    parameters: int, shape: Shape, *, model: str, context: int, batch: int = 1, formats: Iterable[Format] | None = None
+    parameters: int,
+    cached: int,
+    *,
+    model: str,
+    architecture: str,
+    context: int,
+    batch: int = 1,
+    formats: Iterable[Format] | None = None,
 ) -> Memory:
-    """The table of a model with so many parameters; formats default to `usual_formats()`."""
-    kv16, kv8 = (shape.kv_bytes(context * batch, width) for width in (2, 1))
+    """The table of a model with so many parameters, whose cache holds `cached` numbers after `context` tokens.
+
+    formats default to `usual_formats()`.
+    """
+    kv16, kv8 = 2 * cached * batch, cached * batch
     chosen = usual_formats() if formats is None else formats
     return Memory(
         model=model,
         parameters=parameters,
-        architecture=shape.name,
+        architecture=architecture,
         context=context,
         batch=batch,
         kv_fp16=kv16,
@@ -106,16 +115,6 @@ def nearest_published(parameters: int) -> Shape:
     """The published architecture whose size is nearest, as a ratio."""
     nearest = min(PUBLISHED, key=lambda size: abs(math.log(size / parameters)))
     return PUBLISHED[nearest]
-
-
-def shape_from_config(config: Mapping[str, Any], name: str) -> Shape:
-    """Layers, KV heads and head size from a config.json. Raises UnsupportedError naming the field that is missing."""
-    text = config.get("text_config", config)
-    layers = _field(text, ("num_hidden_layers", "n_layer", "num_layers"), name)
-    heads = _field(text, ("num_attention_heads", "n_head", "num_heads"), name)
-    kv_heads = text.get("num_key_value_heads") or heads
-    head_dim = text.get("head_dim") or _field(text, ("hidden_size", "n_embd", "d_model"), name) // heads
-    return Shape(name, layers, kv_heads, head_dim)
 
 
 def parameter_count(text: str) -> int | None:
@@ -144,10 +143,3 @@ def _row(format: Format, parameters: int, kv16: int, kv8: int) -> Row:
     total = weights + scales + kv16
     fits = tuple(size for size in MACHINES if total <= USABLE * size * 1e9)
     return Row(format.name, bits, weights, scales, total, total - kv16 + kv8, fits)
-
-
-def _field(config: Mapping[str, Any], names: tuple[str, ...], model: str) -> int:
-    for name in names:
-        if isinstance(config.get(name), int) and config[name] > 0:
-            return int(config[name])
-    raise UnsupportedError(f"{model}: config.json has no {names[0]}, which the size of the KV cache depends on")
