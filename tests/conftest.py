@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,22 @@ def shared_models() -> Path:
 def shared_text() -> Path:
     """Folder of evaluation and calibration texts; skips where it is missing."""
     return _shared("text")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model that nothing may write into.
+
+    Hidden 128, ffn 192: groups of 128 do not divide the latter, groups of 64 and 32 do.
+    """
+    from tiny import save_model
+
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    save_model(folder, "llama", hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2)
+    return folder
+
+
+@pytest.fixture
+def mutable(llama: Path, tmp_path: Path) -> Path:
+    """A copy of that model to damage."""
+    return Path(shutil.copytree(llama, tmp_path / "mutable"))

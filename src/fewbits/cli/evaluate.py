@@ -59,8 +59,8 @@ def show(result: Evaluation, console: Console) -> None:
         ("perplexity", *_figure(result.perplexity, ".3f"), f"original {result.reference_perplexity:.3f}"),
         ("perplexity ratio", *_figure(result.perplexity_ratio, ".4f"), "to the original, on the same tokens"),
     ]
-    console.print(f"{result.model} against {result.against}", highlight=False)
-    console.print(f"{result.tokens} predictions in {result.windows} windows of {result.text}\n", style="dim")
+    console.print(f"{result.model} against {result.against}", markup=False)
+    console.print(f"{result.tokens} predictions on {result.text}\n", style="dim", markup=False)
     console.print(table(("", ">value", ">± error", ""), rows))
 
 

@@ -81,5 +81,6 @@ def show(result: Inspection, console: Console) -> None:
     console.print(table(("tensor", "format", ">shape", ">bytes", ">bits/weight", ">error"), rows))
     console.print(
         f"\n{result.path} ({result.kind}): {len(result.tensors)} tensors, {count(result.weights)} weights, "
-        f"{size(result.nbytes)}, {number(result.bits_per_weight)} bits a weight"
+        f"{size(result.nbytes)}, {number(result.bits_per_weight)} bits a weight",
+        markup=False,
     )

@@ -78,8 +78,9 @@ def show(result: Quantization, console: Console) -> None:
     for reason, tensors in _exceptions(result.tensors).items():
         console.print(f"  {_named(tensors)}: {reason}", style="dim", markup=False)
     ratio = result.source_bytes / result.output_bytes
+    change = f"{number(ratio, 3)}× smaller" if ratio > 1 else f"{number(1 / ratio, 3)}× larger"
     console.print(
-        f"\n{size(result.source_bytes)} → [bold]{size(result.output_bytes)}[/], {number(ratio, 3)}× smaller: "
+        f"\n{size(result.source_bytes)} → [bold]{size(result.output_bytes)}[/], {change}: "
         f"{number(result.bits_per_weight)} bits a weight over {count(result.weights)} weights, "
         f"{number(result.seconds, 3)} s"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rich.console import Console
+from rich.markup import escape
 
 from fewbits.cli._print import number, progress_bar
 from fewbits.results import Verification
@@ -32,10 +33,12 @@ def run(args: argparse.Namespace) -> Verification:
 
 def show(result: Verification, console: Console) -> None:
     for sentence in result.mismatches:
-        console.print(f"[bold red]wrong[/] {sentence}", highlight=False)
+        console.print(f"[bold red]wrong[/] {escape(sentence)}")
     if result.passed:
         who = f", bit for bit as {result.decoder} reads them" if result.decoder else ""
-        console.print(f"[bold green]proven[/] {result.tensors} tensors of {result.output} are what was meant{who}")
+        console.print(
+            f"[bold green]proven[/] {result.tensors} tensors of {escape(result.output)} are what was meant{who}"
+        )
     if result.logit_kld is not None:
         console.print(f"{result.stack} predicts the same: mean KL divergence {number(result.logit_kld, 2)}")
     for note in result.notes:

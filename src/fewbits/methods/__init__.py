@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+import torch
 from torch import Tensor
 
 from fewbits.errors import UnsupportedError
@@ -22,6 +23,7 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+@torch.no_grad()
 def quantize_tensor(
     x: Tensor, format: str | Format, *, method: str = "rtn", importance: Tensor | None = None
 ) -> QTensor:

@@ -1,0 +1,82 @@
+"""quantize, verify, evaluate, inspect: what they print, their JSON and their exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewbits.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path / "cache"))
+
+
+def said(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
+    assert main(list(argv)) == code
+    return capsys.readouterr().out
+
+
+def parsed(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> Any:
+    return json.loads(said(capsys, *argv, "--json", code=code))
+
+
+def test_the_whole_way(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    text = said(capsys, "quantize", str(llama), out, "--format", "int4-g32")
+    assert "verified with compressed-tensors" in text
+    assert "norm: small, and every token passes through it" in text
+    assert "proven" in said(capsys, "verify", out, "--against", str(llama))
+    text = said(capsys, "evaluate", out, "--against", str(llama), "--windows", "3", "--length", "32")
+    assert "93 predictions on" in text
+    text = said(capsys, "inspect", out)
+    assert "int4-g32" in text
+    assert "bits a weight" in text
+
+
+def test_json_is_one_object(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out.gguf")
+    made = parsed(capsys, "quantize", str(llama), out, "--format", "q8_0", "--method", "rtn-plain")
+    assert made["method"] == "rtn-plain"
+    assert parsed(capsys, "verify", out, "--no-logits")["mismatches"] == []
+    seen = parsed(capsys, "evaluate", out, "--against", str(llama), "--windows", "2", "--length", "16")
+    assert 0 <= seen["mean_kld"]["value"] < 1e-2
+    listed = parsed(capsys, "inspect", out)
+    assert listed["nbytes"] == sum(t["nbytes"] for t in listed["tensors"])
+    errors = {t["name"]: t["error"] for t in made["tensors"] if t["error"] is not None}
+    assert {t["name"]: t["error"] for t in listed["tensors"] if t["error"] is not None} == errors
+
+
+def test_a_model_can_be_inspected_before_anything_is_done(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed(capsys, "inspect", str(llama))["kind"] == "huggingface"
+
+
+def test_exit_codes(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["quantize", str(llama), str(out), "--format", "int4-g32"]) == 0
+    assert main(["quantize", str(llama), str(out)]) == 3  # exists
+    assert main(["quantize", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 3
+    weights = out / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    capsys.readouterr()
+    assert "wrong" in said(capsys, "verify", str(out), code=1)
+    error = parsed(capsys, "evaluate", str(out), "--against", str(tmp_path / "nowhere"), code=3)
+    assert error["error"]["type"] == "CheckpointError"
+    with pytest.raises(SystemExit) as usage:
+        main(["quantize", str(llama)])
+    assert usage.value.code == 2
+
+
+def test_a_path_with_brackets_is_printed_as_it_is(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out[bold]")
+    assert "out[bold]" in said(capsys, "quantize", str(llama), out, "--no-verify")
+    assert "out[bold]" in said(capsys, "inspect", out)
+    assert "out[bold]" in said(capsys, "verify", out, "--no-logits")
