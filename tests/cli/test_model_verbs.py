@@ -14,6 +14,7 @@ from fewbits.cli import main
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "300")  # no sentence is broken
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
@@ -32,7 +33,7 @@ def test_the_whole_way(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "norm: small, and every token passes through it" in text
     assert "proven" in said(capsys, "verify", out, "--against", str(llama))
     text = said(capsys, "evaluate", out, "--against", str(llama), "--windows", "3", "--length", "32")
-    assert "93 predictions on" in text
+    assert "3 windows of 32 tokens: 93 predictions" in text
     text = said(capsys, "inspect", out)
     assert "int4-g32" in text
     assert "bits a weight" in text

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from fewbits.errors import UnsupportedError
 
 LOCALS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape")
 SLAB = 1 << 22  # weights decoded at a time
@@ -33,7 +36,7 @@ def decoded_by_the_library(path: Path) -> Iterator[tuple[str, Tensor]]:
         quantized = f"{module}.weight_scale" in files
         if quantized and local in ("weight_packed", "weight"):
             state = {key: _load(files, f"{module}.{key}") for key in LOCALS if f"{module}.{key}" in files}
-            yield f"{module}.weight", _weight(state, _scheme(quantization, module))
+            yield f"{module}.weight", _decoded(module, state, _scheme(quantization, module))
         elif not (quantized and local in LOCALS):
             yield name, _load(files, name).float()
 
@@ -59,6 +62,16 @@ def _scheme(quantization: Any, module: str) -> Any:
     layer = torch.nn.Linear(1, 1, device="meta")
     schemes = quantization.config_groups.values()
     return next(s for s in schemes if is_match(module, layer, s.targets, quantization.ignore))
+
+
+def _decoded(module: str, state: dict[str, Tensor], scheme: Any) -> Tensor:
+    try:
+        return _weight(state, scheme)
+    except RuntimeError as error:  # 0.20 does not unpack the zero-points of a matrix of 8 rows or fewer
+        raise UnsupportedError(
+            f"{module}.weight: compressed-tensors {version('compressed-tensors')} cannot decode its own layout "
+            f"({error}); choose a symmetric format, or another version of that library"
+        ) from error
 
 
 def _weight(state: dict[str, Tensor], scheme: Any) -> Tensor:

@@ -60,7 +60,7 @@ def show(result: Evaluation, console: Console) -> None:
         ("perplexity ratio", *_figure(result.perplexity_ratio, ".4f"), "to the original, on the same tokens"),
     ]
     console.print(f"{result.model} against {result.against}", markup=False)
-    console.print(f"{result.tokens} predictions on {result.text}\n", style="dim", markup=False)
+    console.print(f"{result.text}: {result.tokens} predictions\n", style="dim", markup=False)
     console.print(table(("", ">value", ">± error", ""), rows))
 
 
