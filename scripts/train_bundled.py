@@ -1,4 +1,4 @@
-"""Train the small Llama that ships in models/tiny, from plain text, on a CPU or a GPU.
+"""Train the small Llama that ships in src/fewbits/bundled/tiny, from plain text, on a CPU or a GPU.
 
 The model exists so that `make demo` and the tests measure something real without a download: its weights are trained,
 so rounding them hurts, and by how much depends on the format as it does in a large model.
@@ -9,7 +9,7 @@ is under 8 MB in FP16.
 Hidden matrices are trained with Muon (Jordan et al. 2024, momentum orthogonalised by Newton-Schulz), the rest with
 AdamW; the learning rate rises for 2 % of the steps, stays, and falls linearly to zero over the last 40 %.
 
-    python scripts/train_bundled.py books.txt.xz --out models/tiny --tokens 40e6
+    python scripts/train_bundled.py books.txt.xz --out src/fewbits/bundled/tiny --compile
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from __future__ import annotations
 import argparse
 import lzma
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its waiting threads must not spin
 
 import numpy as np
 import numpy.typing as npt
@@ -137,8 +140,8 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="training text, .txt or .xz")
-    parser.add_argument("--out", type=Path, default=Path("models/tiny"))
-    parser.add_argument("--tokens", type=float, default=40e6, help="tokens to train on")
+    parser.add_argument("--out", type=Path, default=Path("src/fewbits/bundled/tiny"))
+    parser.add_argument("--tokens", type=float, default=30e6, help="tokens to train on")
     parser.add_argument("--vocab", type=int, default=3072)
     parser.add_argument("--batch", type=int, default=32, help="windows a step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import BertConfig, BertModel
 
 import fewbits
 from fewbits.checkpoint.compressed_tensors import CompressedTensors
-from fewbits.errors import CheckpointError, VerificationError
+from fewbits.errors import CheckpointError, UnsupportedError, VerificationError
 from fewbits.formats import QTensor
 from fewbits.pipeline import _stacks
 
@@ -144,3 +145,22 @@ def test_our_own_kind_says_that_nobody_else_reads_it(llama: Path, tmp_path: Path
     assert found.passed
     assert found.decoder is None
     assert any("no other library" in note for note in found.notes)
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertModel(BertConfig(vocab_size=100, **shape)).save_pretrained(tmp_path / "model")
+    made = fewbits.quantize(tmp_path / "model", tmp_path / "out", format="int4-g32")
+    # Of each layer q, k, v, output and the two of the feed-forward; and the pooler.
+    assert sum(t.fate == "quantized" for t in made.tensors) == 2 * 6 + 1
+    found = fewbits.verify(tmp_path / "out", tmp_path / "model")
+    assert found.passed
+    assert found.logit_kld is not None
+    with pytest.raises(UnsupportedError, match="does not predict next tokens"):
+        fewbits.evaluate(tmp_path / "out", tmp_path / "model")
+
+
+def test_a_model_that_the_other_stack_cannot_run_fails_the_proof(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_stacks, "_transformers", lambda *_: 1 / 0)
+    with pytest.raises(VerificationError, match="transformers cannot run it"):
+        fewbits.verify(out)

@@ -8,6 +8,8 @@ below the divergence that a misplaced or misread tensor causes (nats, not thousa
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint import Kind
+from fewbits.errors import VerificationError
 
 WINDOW = 64  # tokens in the probe
 LOGIT_KLD = {"huggingface": 1e-6, "compressed-tensors": 1e-4, "fewbits": 1e-6, "gguf": 1e-2}
@@ -24,7 +27,8 @@ LOGIT_KLD = {"huggingface": 1e-6, "compressed-tensors": 1e-4, "fewbits": 1e-6, "
 def compare_logits(kind: Kind, out: Path) -> tuple[str | None, float | None, str | None]:
     """(stack, mean KL divergence, note): who ran the model and how far apart the predictions are.
 
-    Where no independent stack can run it, stack and divergence are None and the note says why.
+    Where there is no independent stack, stack and divergence are None and the note says why. Raises VerificationError
+    if there is one and it cannot run the model.
     """
     if kind.name == "fewbits":
         return None, None, "logits not compared: only fewbits loads its own file type"
@@ -37,16 +41,30 @@ def compare_logits(kind: Kind, out: Path) -> tuple[str | None, float | None, str
 
     model = load(out)
     tokens = _probe(model.config.get_text_config().vocab_size)
-    with torch.inference_mode():
-        ours = model(input_ids=tokens.unsqueeze(0)).logits[0].float()
+    ours = _output(model, tokens)
     del model  # one model in memory at a time
-    stack, theirs = _llama_cpp(out, tokens) if kind.name == "gguf" else _transformers(out, tokens)
+    try:
+        stack, theirs = _llama_cpp(out, tokens) if kind.name == "gguf" else _transformers(out, tokens)
+    except Exception as error:  # whatever it is, the user's program would meet it as well
+        who = "llama.cpp" if kind.name == "gguf" else "transformers"
+        raise VerificationError(f"{out}: {who} cannot run it ({type(error).__name__}: {error})") from error
     return stack, _mean_kld(ours, theirs), None
 
 
 def _probe(vocabulary: int) -> Tensor:
     """A fixed window of tokens; any will do, since both stacks get the same."""
     return torch.randint(vocabulary, (WINDOW,), generator=torch.Generator().manual_seed(0))
+
+
+def _output(model: Any, tokens: Tensor) -> Tensor:
+    """Logits [tokens, vocabulary]; of a model without them (an encoder) its first output stands in."""
+    inputs = {"input_ids": tokens.unsqueeze(0)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    with torch.inference_mode():
+        outputs = model(**inputs)
+    logits: Tensor = getattr(outputs, "logits", outputs[0])[0].float()
+    return logits
 
 
 def _mean_kld(ours: Tensor, theirs: Tensor) -> float:
@@ -59,9 +77,9 @@ def _transformers(out: Path, tokens: Tensor) -> tuple[str, Tensor]:
 
     architecture = load_config(out).architectures[0]
     auto: Any = getattr(transformers, architecture)
-    model = auto.from_pretrained(out, dtype=torch.float32, local_files_only=True)
-    with torch.inference_mode():
-        return f"transformers {transformers.__version__}", model(input_ids=tokens.unsqueeze(0)).logits[0].float()
+    with redirect_stderr(StringIO()):  # several progress bars; what goes wrong is raised
+        model = auto.from_pretrained(out, dtype=torch.float32, local_files_only=True)
+    return f"transformers {transformers.__version__}", _output(model, tokens)
 
 
 def load_config(out: Path) -> Any:

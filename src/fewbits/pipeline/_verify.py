@@ -67,7 +67,8 @@ def verify(
     """Prove an output: its bytes, what an independent decoder reads in them, and (against the source) their place.
 
     logits: also run the model in an independent stack and compare its predictions; needs the model in memory, once.
-    Raises CheckpointError if the output cannot be opened at all; everything else is listed in `mismatches`.
+    Raises CheckpointError if the output cannot be opened, VerificationError if the independent stack cannot run it;
+    everything else is listed in `mismatches`.
     """
     out = Path(out)
     ledger = read_ledger(out)["tensors"]

@@ -72,7 +72,7 @@ class Rules:
         plan = {tensor.name: self.choose(tensor) for tensor in tensors}
         matrices = [plan[tensor.name] for tensor in tensors if tensor.role in MATRICES]
         if not isinstance(self.format, Float) and not any(choice.quantized for choice in matrices):
-            why = matrices[0].reason if matrices else "it has no linear layers"
+            why = matrices[0].reason if matrices else "it has no linear layers [out_features, in_features]"
             raise UnsupportedError(
                 f"no tensor of the model can be stored as {self.format}: {why}; choose another format or file type"
             )
