@@ -20,7 +20,8 @@ BUNDLED = Path(fewbits.__file__).parent / "bundled" / "tiny"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+    return [text for found, text in fenced if found == language]
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_make_demo_and_make_test(tmp_path: Path, shell: dict[str, str]) -> None:
 
 
 def test_the_tree_names_every_room() -> None:
-    tree = next(block for block in re.findall(r"^```\n(.*?)^```", README, flags=re.M | re.S) if "src/fewbits/" in block)
+    tree = next(block for block in blocks("") if block.startswith("src/fewbits/"))
     rooms = {p.name for p in (ROOT / "src" / "fewbits").iterdir() if p.is_dir() and p.name != "__pycache__"}
     assert set(re.findall(r"^  (\w+)/", tree, flags=re.M)) == rooms
 
