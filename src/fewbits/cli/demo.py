@@ -64,25 +64,26 @@ def run(args: argparse.Namespace) -> Demo:
 
 
 def show(result: Demo, console: Console) -> None:
-    rows = [_cells(row) for row in result.rows]
-    columns = ("format", ">bytes", ">bits/weight", ">perplexity", ">KL divergence", ">top-1 agreement", "read back by")
-    console.print(table(columns, rows))
-    console.print()
+    first = next(row.evaluation for row in result.rows if row.evaluation)
+    rows = [_cells(row, first) for row in result.rows]
+    console.print(table(("format", ">bytes", ">bits/weight", ">perplexity", ">KL divergence", ">top-1"), rows))
+    console.print(f"\ntext: {first.text}, {first.tokens} predictions", style="dim", markup=False)
+    decoders = sorted({row.decoder for row in result.rows if row.decoder})
+    console.print(f"every tensor read back bit for bit by {' and '.join(decoders)}\n", style="dim", markup=False)
     console.print(table(("format", "continues"), [(row.format, Text(row.sentence)) for row in result.rows]))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, first: Evaluation) -> tuple[str, ...]:
     bits, seen = f"{row.bits_per_weight:.2f}", row.evaluation
     if seen is None:
-        return (row.format, size(row.nbytes), bits, "", "", "", "")
+        return (row.format, size(row.nbytes), bits, f"{first.reference_perplexity.value:.2f}", "", "")
     return (
         row.format,
         size(row.nbytes),
         bits,
-        f"{seen.perplexity.value:.2f} (of {seen.reference_perplexity.value:.2f})",
+        f"{seen.perplexity.value:.2f}",
         f"{seen.mean_kld.value:.1e} ± {seen.mean_kld.error:.0e}",
         f"{100 * seen.top1_agreement.value:.1f} %",
-        row.decoder or "",
     )
 
 
