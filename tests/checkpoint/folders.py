@@ -55,6 +55,16 @@ def write(
     return writer.digests
 
 
+def foreign(kind: Kind, path: Path) -> dict[str, Tensor]:
+    """All tensors as the kind's independent decoder reads them, their parts put together."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, first, rows in kind.foreign(path):
+        found = parts.setdefault(name, [])
+        assert first == sum(len(part) for part in found), f"{name}: rows out of order"
+        found.append(rows)
+    return {name: torch.cat(found) if found[0].shape else found[0] for name, found in parts.items()}
+
+
 def raw_file(path: Path, header: Any, data: bytes = b"") -> None:
     """A safetensors file with any header: an object, or the text itself."""
     text = header.encode() if isinstance(header, str) else json.dumps(header).encode()

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from folders import entries_of, floating, quantized, rows_of, write
+from folders import entries_of, floating, foreign, quantized, rows_of, write
 from gguf import GGUFReader, GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,7 +97,7 @@ def test_gguf_py_reads_the_same_metadata_and_numbers(tmp_path):
     assert kinds["a.floats"] == ["ARRAY", "FLOAT32"]
     assert kinds["a.uint16s"] == ["ARRAY", "UINT16"]
     assert kinds["a.bools"] == ["ARRAY", "BOOL"]
-    decoded = dict(KIND.foreign(path))
+    decoded = foreign(KIND, path)
     assert decoded.keys() == written.keys()
     for name, q in written.items():
         assert torch.equal(decoded[name], q.dequantize()), name
@@ -143,7 +143,7 @@ def test_alignment_is_honoured(tmp_path):
     write(KIND, path, tensors(), config={"general.alignment": 128})
     theirs = GGUFReader(path)
     assert all(tensor.data_offset % 128 == 0 for tensor in theirs.tensors)
-    assert torch.equal(dict(KIND.foreign(path))["norm.weight"], tensors()["norm.weight"].codes)
+    assert torch.equal(foreign(KIND, path)["norm.weight"], tensors()["norm.weight"].codes)
 
 
 def test_any_order_and_threads_make_the_same_file(tmp_path):

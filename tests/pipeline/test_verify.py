@@ -134,7 +134,7 @@ def test_a_quantize_run_that_wrote_something_else_fails(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = CompressedTensors.foreign
-    monkeypatch.setattr(CompressedTensors, "foreign", lambda self, path: ((n, w + 1) for n, w in honest(self, path)))
+    monkeypatch.setattr(CompressedTensors, "foreign", lambda *args: ((n, i, w + 1) for n, i, w in honest(*args)))
     with pytest.raises(VerificationError, match="do not read back as meant"):
         fewbits.quantize(llama, tmp_path / "out", format="int4-g32")
 

@@ -17,15 +17,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fewbits.checkpoint.base import FOREIGN_PART, row_slabs
+from fewbits.checkpoint.huggingface import rows_by_the_library
 from fewbits.errors import UnsupportedError
 
 LOCALS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape")
-SLAB = 1 << 22  # weights decoded at a time
 BLOCK = 32  # rows whose packed zero-points fill whole words
 
 
-def decoded_by_the_library(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(entry name, float32 weight) of each tensor, quantized or not."""
+def decoded_by_the_library(path: Path) -> Iterator[tuple[str, int, Tensor]]:
+    """(entry name, first row, rows in float32) of each tensor, quantized or not; see `Kind.foreign`."""
     config = json.loads((path / "config.json").read_text())
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -36,9 +37,10 @@ def decoded_by_the_library(path: Path) -> Iterator[tuple[str, Tensor]]:
         quantized = f"{module}.weight_scale" in files
         if quantized and local in ("weight_packed", "weight"):
             state = {key: _load(files, f"{module}.{key}") for key in LOCALS if f"{module}.{key}" in files}
-            yield f"{module}.weight", _decoded(module, state, _scheme(quantization, module))
+            for first, rows in _decoded(module, state, _scheme(quantization, module)):
+                yield f"{module}.weight", first, rows
         elif not (quantized and local in LOCALS):
-            yield name, _load(files, name).float()
+            yield from rows_by_the_library(files[name], name)
 
 
 def _files(path: Path) -> dict[str, Path]:
@@ -64,22 +66,17 @@ def _scheme(quantization: Any, module: str) -> Any:
     return next(s for s in schemes if is_match(module, layer, s.targets, quantization.ignore))
 
 
-def _decoded(module: str, state: dict[str, Tensor], scheme: Any) -> Tensor:
+def _decoded(module: str, state: dict[str, Tensor], scheme: Any) -> Iterator[tuple[int, Tensor]]:
+    stored = state["weight_packed"] if "weight_packed" in state else state["weight"]
+    rows, columns = stored.shape[0], 8 * stored.shape[1] * stored.itemsize // scheme.weights.num_bits
     try:
-        return _weight(state, scheme)
+        for slab in row_slabs((rows, columns), FOREIGN_PART, BLOCK):
+            yield slab.start, _decompressed(_slab(state, slab, rows, scheme), scheme)
     except RuntimeError as error:  # 0.20 does not unpack the zero-points of a matrix of 8 rows or fewer
         raise UnsupportedError(
             f"{module}.weight: compressed-tensors {version('compressed-tensors')} cannot decode its own layout "
             f"({error}); choose a symmetric format, or another version of that library"
         ) from error
-
-
-def _weight(state: dict[str, Tensor], scheme: Any) -> Tensor:
-    stored = state["weight_packed"] if "weight_packed" in state else state["weight"]
-    rows, columns = stored.shape[0], 8 * stored.shape[1] * stored.itemsize // scheme.weights.num_bits
-    step = max(BLOCK, SLAB // columns // BLOCK * BLOCK)
-    slabs = (_slab(state, range(i, min(i + step, rows)), rows, scheme) for i in range(0, rows, step))
-    return torch.cat([_decompressed(slab, scheme) for slab in slabs])
 
 
 def _slab(state: dict[str, Tensor], rows: range, total: int, scheme: Any) -> dict[str, Tensor]:

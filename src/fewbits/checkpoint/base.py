@@ -20,6 +20,16 @@ from torch import Tensor
 from fewbits.errors import UnsupportedError
 from fewbits.formats import Format, QTensor
 
+FOREIGN_PART = 1 << 22  # numbers that an independent decoder is asked for at a time
+
+
+def row_slabs(shape: tuple[int, ...], numbers: int, multiple: int = 1) -> Iterator[range]:
+    """Runs of rows of a tensor of this shape, each of about so many numbers, starting at multiples of `multiple`."""
+    rows = shape[0] if shape else 1
+    step = max(1, numbers * rows // max(1, math.prod(shape)) // multiple) * multiple
+    starts = range(0, rows, step) or (0,)  # an empty tensor has one empty slab
+    return (range(start, min(start + step, rows)) for start in starts)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -119,8 +129,11 @@ class Kind(ABC):
         Raises UnsupportedError for an entry that `admits` refuses, OutputError if the path exists or the disk is full.
         """
 
-    def foreign(self, path: Path) -> Iterator[tuple[str, Tensor]] | None:
-        """(entry name, weight in float32) of a checkpoint, decoded by a library that is not ours, one at a time.
+    def foreign(self, path: Path) -> Iterator[tuple[str, int, Tensor]] | None:
+        """(entry name, first row, rows in float32) of a checkpoint, decoded by a library that is not ours.
+
+        An entry's parts follow each other in row order and are of about FOREIGN_PART numbers, so that a large matrix
+        need not be in memory whole.
 
         None where no such library exists (`decoder` is None), as for our own kind.
         """

@@ -94,7 +94,7 @@ class CompressedTensors(Kind):
         chosen = {e.name: self._layout(e) for e in entries if not isinstance(e.format, Float)}
         return CompressedWriter(path, entries, source, config, chosen)
 
-    def foreign(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+    def foreign(self, path: Path) -> Iterator[tuple[str, int, Tensor]]:
         return decoded_by_the_library(path)
 
     def _layout(self, entry: Entry) -> Layout:

@@ -31,7 +31,7 @@ from fewbits.checkpoint._gguf_header import (
     read_header,
 )
 from fewbits.checkpoint._writer import _Array, _File, _Progress, disk_errors, flush, refuse_existing, require_space
-from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
+from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
 from fewbits.errors import CheckpointError, FormatError, LedgerError, OutputError, UnsupportedError
 from fewbits.formats import FORMATS, ArraySpec, Float, Format, QTensor
 from fewbits.formats._blocks import Block
@@ -82,17 +82,22 @@ class Gguf(Kind):
                 raise UnsupportedError(trouble)
         return GgufWriter(path, entries, config)
 
-    def foreign(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+    def foreign(self, path: Path) -> Iterator[tuple[str, int, Tensor]]:
         """By gguf-py, which shares no code with this file."""
         from gguf import GGUFReader
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
         for tensor in GGUFReader(path).tensors:
             # Read rather than taken from gguf-py's mapping of the file, which would keep every page that was touched.
-            data = np.fromfile(path, np.uint8, int(tensor.n_bytes), offset=int(tensor.data_offset))
             shape = tuple(reversed(tensor.shape.tolist()))
-            rows = data.reshape(quant_shape_to_byte_shape(shape, tensor.tensor_type))
-            yield tensor.name, torch.from_numpy(dequantize(rows, tensor.tensor_type).astype(np.float32)).reshape(shape)
+            row = int(tensor.n_bytes) // (shape[0] if shape else 1)
+            for rows in row_slabs(shape, FOREIGN_PART):
+                offset = int(tensor.data_offset) + rows.start * row
+                data = np.fromfile(path, np.uint8, len(rows) * row, offset=offset)
+                part = (len(rows), *shape[1:])
+                packed = data.reshape(quant_shape_to_byte_shape(part, tensor.tensor_type))
+                numbers = dequantize(packed, tensor.tensor_type).astype(np.float32)
+                yield tensor.name, rows.start, torch.from_numpy(numbers).reshape(part if shape else shape)
 
 
 def ggml_type(format: Format) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewbits.checkpoint._arrays import CONFIG, NAMES, ArrayFolder, read_json, safetensors_in
 from fewbits.checkpoint._writer import FolderWriter
-from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
+from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import ArraySpec, Float, QTensor
 
@@ -41,10 +41,19 @@ class HuggingFace(Kind):
         require_admitted(self, entries)
         return FloatWriter(path, entries, source, config)
 
-    def foreign(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+    def foreign(self, path: Path) -> Iterator[tuple[str, int, Tensor]]:
         for name, array in ArrayFolder(path).arrays.items():
-            with safe_open(array.file, "pt") as opened:  # anew for each, as its mapping keeps every page it has shown
-                yield name, opened.get_tensor(name).float()
+            yield from rows_by_the_library(array.file, name)
+
+
+def rows_by_the_library(file: Path, name: str) -> Iterator[tuple[str, int, Tensor]]:
+    """An array as the library `safetensors` reads it, in float32; see `Kind.foreign`."""
+    with safe_open(file, "pt") as opened:
+        shape = tuple(opened.get_slice(name).get_shape())
+    for rows in row_slabs(shape, FOREIGN_PART):
+        with safe_open(file, "pt") as opened:  # anew for each, as its mapping keeps every page it has shown
+            part = opened.get_slice(name)[rows.start : rows.stop] if shape else opened.get_tensor(name)
+            yield name, rows.start, part.float()
 
 
 class FloatReader(Reader):

@@ -26,6 +26,7 @@ from fewbits.formats import Float, Format, QTensor
 from fewbits.methods import Method, TensorMethod, method_named
 from fewbits.models import Architecture, Piece, describe, gguf_dropped, gguf_extras, gguf_metadata
 from fewbits.pipeline._estimate import check_room, estimate, source_bytes
+from fewbits.pipeline._memory import give_back_free_memory
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, read_rows, row_step
 from fewbits.pipeline._verify import verify
 from fewbits.plan.rules import Choice, Plan, Rules, parse
@@ -33,6 +34,7 @@ from fewbits.plan.rules import Tensor as PlanTensor
 from fewbits.results import Estimate, Fate, Quantization, TensorReport
 
 PART = 1 << 20  # weights quantized at a time: 4 MB as FP32, which an L3 cache holds with its temporaries
+TRIMMED = 64  # parts after which free memory goes back to the system
 FP32 = Float(torch.float32)
 FOLDERS = ("huggingface", "compressed-tensors", "fewbits")  # most widely loaded first
 
@@ -308,13 +310,17 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 class _Meter:
-    """Counts bytes from several threads and passes the sum on."""
+    """Counts bytes from several threads, passes the sum on, and sees to it that memory stays flat meanwhile."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._total, self._done, self._progress, self._lock = total, 0, progress, Lock()
+        self._parts = 0
 
     def add(self, nbytes: int, label: str) -> None:
         with self._lock:
             self._done += nbytes
+            self._parts += 1
             if self._progress:
                 self._progress(self._done, self._total, label)
+        if self._parts % TRIMMED == 0:
+            give_back_free_memory()

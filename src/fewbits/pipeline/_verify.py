@@ -14,6 +14,7 @@ Then the model as a whole: logits from an independent stack (transformers, llama
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from fewbits.checkpoint import Kind, Reader, open_checkpoint
 from fewbits.errors import CheckpointError
 from fewbits.models import Piece, describe
-from fewbits.pipeline._source import cut, local_folder, open_source, read_rows
+from fewbits.pipeline._source import cut, local_folder, open_source, read_rows, row_step
 from fewbits.pipeline._stacks import LOGIT_KLD, compare_logits
 from fewbits.results import Verification
 
@@ -122,13 +123,41 @@ def compare_bytes(ledger: Mapping[str, Any], found: Mapping[str, Mapping[str, st
 
 
 def compare_decoders(kind: Kind, reader: Reader, progress: Progress | None) -> Iterator[str]:
-    """The independent decoder's numbers against fewbits' own, bit for bit."""
-    for done, (name, theirs) in enumerate(kind.foreign(reader.path) or (), start=1):
+    """The independent decoder's numbers against fewbits' own, bit for bit, and none left out."""
+    if kind.decoder is None:
+        return
+    different: dict[str, int] = defaultdict(int)
+    compared: dict[str, int] = defaultdict(int)
+    ours = _Ours(reader)
+    for name, first, theirs in kind.foreign(reader.path) or ():
+        rows = ours.rows(name, slice(first, first + (theirs.shape[0] if theirs.shape else 1)))
+        different[name] += int((rows != theirs).sum())
+        compared[name] += theirs.numel()
         if progress:
-            progress(done, len(reader.entries), f"verify {name}")
-        different = sum(int((ours != theirs[rows]).sum()) for rows, ours in _parts(reader, name))
-        if different:
-            yield f"{name}: {kind.decoder} reads {different} of {theirs.numel()} numbers differently"
+            progress(len(compared), len(reader.entries), f"verify {name}")
+    for name, entry in reader.entries.items():
+        if compared[name] != entry.weights:
+            yield f"{name}: {kind.decoder} reads {compared[name]} of its {entry.weights} numbers"
+        elif different[name]:
+            yield f"{name}: {kind.decoder} reads {different[name]} of {entry.weights} numbers differently"
+
+
+class _Ours:
+    """Numbers as fewbits reads them, float32: some rows, or the whole tensor once where its format has no rows."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._whole: tuple[str, Tensor] | None = None
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        entry = self._reader.entries[name]
+        if not entry.shape:
+            return self._reader.read(name).dequantize()
+        if entry.format.rowwise:
+            return self._reader.read(name, rows).dequantize()
+        if self._whole is None or self._whole[0] != name:
+            self._whole = name, self._reader.read(name).dequantize()
+        return self._whole[1][rows]
 
 
 def compare_source(kind: Kind, reader: Reader, source: Path, ledger: Mapping[str, Any]) -> Iterator[str]:
@@ -148,18 +177,10 @@ def compare_source(kind: Kind, reader: Reader, source: Path, ledger: Mapping[str
 def relative_error(reader: Reader, original: Reader, piece: Piece) -> float:
     """‖w − ŵ‖ / ‖w‖ of one tensor, a few rows at a time."""
     squared_error = squared_norm = 0.0
-    for rows, ours in _parts(reader, piece.name):
-        w = read_rows(original, piece, rows.start, rows.stop).float()
-        squared_error += float(torch.linalg.vector_norm(ours - w)) ** 2
+    ours, step = _Ours(reader), row_step(piece, PART)
+    for start in range(0, piece.shape[0] if piece.shape else 1, step):
+        w = read_rows(original, piece, start, start + step).float()
+        found = ours.rows(piece.name, slice(start, start + step))
+        squared_error += float(torch.linalg.vector_norm(found - w)) ** 2
         squared_norm += float(torch.linalg.vector_norm(w)) ** 2
     return (squared_error / squared_norm) ** 0.5 if squared_norm else float(squared_error > 0)
-
-
-def _parts(reader: Reader, name: str) -> Iterator[tuple[slice, Tensor]]:
-    """Numbers of a tensor as fewbits reads them, float32, in slabs of rows where its format allows it."""
-    entry = reader.entries[name]
-    rows = entry.shape[0] if entry.shape else 1
-    step = max(1, PART * rows // torch.Size(entry.shape).numel()) if entry.format.rowwise and entry.shape else rows
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        yield part, reader.read(name, part if step < rows else None).dequantize()
