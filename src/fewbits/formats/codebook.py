@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -105,11 +106,15 @@ class NormalFloat(Grouped):
         return unpack_bits(arrays["packed"], 4, shape[-1]), params
 
     def _codes(self, t: Tensor) -> Tensor:
-        levels = self.levels.to(t.device)
-        return torch.bucketize(t.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        """How many midpoints lie below each number: fifteen comparisons in the cache beat one binary search."""
+        codes = torch.zeros_like(t, dtype=torch.uint8)
+        for low, high in pairwise(NF4):
+            codes += (t > torch.tensor((low + high) / 2)).view(torch.uint8)
+        return codes
 
     def _values(self, codes: Tensor) -> Tensor:
-        return self.levels.to(codes.device)[codes.int()]
+        levels = self.levels.to(codes.device)
+        return levels.index_select(0, codes.flatten().int()).view(codes.shape)
 
     def _nested(self, scale: Tensor) -> Params:
         """Scales [..., N, G] as a mean and signed 8-bit codes with one step per NESTED of them, in row-major order."""

@@ -213,7 +213,7 @@ def _e2m1_codes(t: Tensor) -> Tensor:
 
 def _e2m1_values(codes: Tensor) -> Tensor:
     table = torch.tensor([*E2M1, *(-v for v in E2M1)], device=codes.device)
-    return table[codes.int()]
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
