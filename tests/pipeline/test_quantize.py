@@ -92,6 +92,21 @@ def test_a_group_that_does_not_divide_is_narrowed_and_said(llama: Path, tmp_path
     assert "192 is not a multiple" in down.reason
 
 
+@pytest.mark.parametrize("down", ["int8-g64", "fp8-e4m3"])
+def test_overrides_make_a_mixed_model(llama: Path, tmp_path: Path, down: str) -> None:
+    overrides = {"down_proj": down, r"layers\.0\..*v_proj": "keep"}
+    made = fewbits.quantize(llama, tmp_path / "out", format="int4-g32", overrides=overrides)
+    assert {t.format for t in made.tensors if "down_proj" in t.name} == {down}
+    kept = next(t for t in made.tensors if "layers.0.self_attn.v_proj" in t.name)
+    assert (kept.fate, kept.reason) == ("kept", r"asked for by override 'layers\.0\..*v_proj'")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert len(config["config_groups"]) == 2
+    assert config["format"] == ("mixed-precision" if down == "fp8-e4m3" else "pack-quantized")
+    assert fewbits.verify(tmp_path / "out", llama).passed
+    with pytest.raises(UnsupportedError, match="'nothing' matches no tensor"):
+        fewbits.quantize(llama, tmp_path / "other", overrides={"nothing": "int8"})
+
+
 def test_bf16_models_get_bf16_scales(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama", hidden_size=64, intermediate_size=64)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
@@ -34,6 +35,14 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="of embeddings and output projection; by default kept in a folder, quantized in GGUF",
     )
     parser.add_argument(
+        "--override",
+        metavar="REGEX=FORMAT",
+        type=_override,
+        action="append",
+        default=[],
+        help="another format (or keep) for tensors of the output whose name matches; may be repeated",
+    )
+    parser.add_argument(
         "--pretokenizer",
         metavar="NAME",
         help="llama.cpp's name of the pre-tokenizer, for a GGUF file whose tokenizer fewbits does not know",
@@ -55,12 +64,24 @@ def run(args: argparse.Namespace) -> Quantization:
             method=args.method,
             kind=args.kind,
             vocabulary=args.vocabulary,
+            overrides=dict(args.override),
             pretokenizer=args.pretokenizer,
             threads=args.threads,
             prove=not args.no_verify,
             progress=progress,
             announce=announce,
         )
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, _, format = text.rpartition("=")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{pattern}' is not a regular expression: {error}") from error
+    if not (pattern and format):
+        raise argparse.ArgumentTypeError(f"'{text}' is not REGEX=FORMAT, such as down_proj=int8")
+    return pattern, format
 
 
 def announce(need: Estimate, job: Job) -> None:

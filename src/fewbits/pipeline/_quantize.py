@@ -68,6 +68,7 @@ def quantize(
     method: str | Method = "rtn",
     kind: str | None = None,
     vocabulary: str | Format | None = None,
+    overrides: Mapping[str, str | Format] | None = None,
     pretokenizer: str | None = None,
     prove: bool = True,
     threads: int | None = None,
@@ -78,13 +79,23 @@ def quantize(
 
     model: a Hugging Face folder, or a hub name. out: a path that does not exist; a name ending in .gguf makes a GGUF
     file. format: for the matrices; vocabulary: for embeddings and output projection (None: the file type's own rule).
+    overrides: regular expression -> format (or "keep"), for tensors of the output whose name it is found in.
     kind: a name from `checkpoint.KINDS`, by default the first that holds the format. pretokenizer: llama.cpp's name
     of a pre-tokenizer that fewbits does not know (GGUF only). prove: reopen the files with an
     independent decoder and compare every tensor. progress: called with (bytes done, bytes, label). announce: called
     with the estimate before anything is written.
     Raises a FewbitsError; then nothing is left at `out`.
     """
-    job = prepare(model, out, format=format, method=method, kind=kind, vocabulary=vocabulary, pretokenizer=pretokenizer)
+    job = prepare(
+        model,
+        out,
+        format=format,
+        method=method,
+        kind=kind,
+        vocabulary=vocabulary,
+        overrides=overrides,
+        pretokenizer=pretokenizer,
+    )
     began = time.monotonic()
     threads = threads or os.cpu_count() or 1
     need = estimate(job.entries, job.method, threads, PART)
@@ -127,6 +138,7 @@ def prepare(
     method: str | Method,
     kind: str | None,
     vocabulary: str | Format | None,
+    overrides: Mapping[str, str | Format] | None,
     pretokenizer: str | None,
 ) -> Job:
     """Open the source and decide every tensor's fate; nothing is written."""
@@ -140,6 +152,7 @@ def prepare(
         format=wanted,
         admits=lambda name, shape, f: target.admits(Entry(name, shape, f)),
         vocabulary=None if vocabulary is None else parse(vocabulary),
+        overrides=tuple((p, None if f == "keep" else parse(f)) for p, f in (overrides or {}).items()),
         gguf=target.name == "gguf",
     )
     plan = rules.plan([PlanTensor(p.name, p.role.value, p.shape, dtype_of(reader, p.source)) for p in pieces])

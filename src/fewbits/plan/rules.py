@@ -14,6 +14,7 @@ and where that cannot be either the tensor stays as it is. Each such exception c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -59,16 +60,24 @@ class Rules:
     """The rules of one run.
 
     format: for the matrices. vocabulary: for embeddings and output projection, None for the file type's own rule.
-    gguf: whether the output is a GGUF file (one-dimensional tensors in FP32, embeddings quantized).
+    overrides: (regular expression, format) for tensors of the output whose name it is found in, before any other rule;
+    None as format keeps them. gguf: whether the output is a GGUF file (one-dimensional tensors in FP32, embeddings
+    quantized).
     """
 
     format: Format
     admits: Admits
     vocabulary: Format | None = None
+    overrides: tuple[tuple[str, Format | None], ...] = ()
     gguf: bool = False
 
     def plan(self, tensors: Sequence[Tensor]) -> Plan:
         """A choice for every tensor. Raises UnsupportedError if no matrix at all could be quantized as was asked."""
+        for pattern, _ in self.overrides:
+            if not any(re.search(pattern, tensor.name) for tensor in tensors):
+                raise UnsupportedError(
+                    f"override '{pattern}' matches no tensor of the output; the first is {tensors[0].name}"
+                )
         plan = {tensor.name: self.choose(tensor) for tensor in tensors}
         matrices = [plan[tensor.name] for tensor in tensors if tensor.role in MATRICES]
         if not isinstance(self.format, Float) and not any(choice.quantized for choice in matrices):
@@ -81,6 +90,9 @@ class Rules:
     def choose(self, tensor: Tensor) -> Choice:
         if not tensor.dtype.is_floating_point:
             return Choice(Float(tensor.dtype), f"{tensor.dtype} buffer")
+        for pattern, format in self.overrides:
+            if re.search(pattern, tensor.name):
+                return self._asked(tensor, pattern, format)
         if isinstance(self.format, Float):
             return Choice(Float(torch.float32) if self._one_dimensional(tensor) else self.format)
         if tensor.role in MATRICES:
@@ -88,6 +100,12 @@ class Rules:
         if tensor.role in VOCABULARY:
             return self._vocabulary(tensor)
         return self._kept(tensor, f"{tensor.role}: small, and every token passes through it")
+
+    def _asked(self, tensor: Tensor, pattern: str, format: Format | None) -> Choice:
+        if format is None:
+            return self._kept(tensor, f"asked for by override '{pattern}'")
+        choice = self._fitting(tensor, self._scaled_for(tensor, format))
+        return replace(choice, reason=choice.reason or f"asked for by override '{pattern}'")
 
     def _one_dimensional(self, tensor: Tensor) -> bool:
         return self.gguf and len(tensor.shape) < 2
