@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +193,30 @@ class TestBadInput:
         with pytest.raises(FormatError, match=rf"{called}: .*\b3 of \d+ weights are NaN or Inf"):
             fewbits.quantize(mutable, tmp_path / out, format="q8_0" if out.endswith("gguf") else "int8")
         assert left_behind(tmp_path) == []
+
+    def test_bad_numbers_are_counted_over_all_parts(
+        self, mutable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("fewbits.pipeline._quantize.PART", 10 * 128)
+        weights = load_file(mutable / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"][50:100, 3] = float("nan")
+        save_file(weights, mutable / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(FormatError, match=f"50 of {192 * 128} weights"):
+            fewbits.quantize(mutable, tmp_path / "out")
+
+    def test_tied_weights_that_are_not_the_same(self, tied: Path, tmp_path: Path) -> None:
+        weights = load_file(tied / "model.safetensors")
+        shutil.copytree(tied, tmp_path / "model")
+        for change, error in ((0.0, False), (1e-3, True)):
+            copy = weights["model.embed_tokens.weight"] + change
+            save_file(weights | {"lm_head.weight": copy}, tmp_path / "model" / "model.safetensors")
+            if error:
+                with pytest.raises(CheckpointError, match=r"although config\.json ties them"):
+                    fewbits.quantize(tmp_path / "model", tmp_path / "out2")
+            else:
+                made = fewbits.quantize(tmp_path / "model", tmp_path / "out1")
+                assert [t.source for t in made.tensors if t.fate == "tied"] == ["lm_head.weight"]
+        assert left_behind(tmp_path) == ["out1"]
 
     def test_an_output_that_exists(self, llama: Path, tmp_path: Path) -> None:
         for name in ("out", "out.gguf"):

@@ -27,7 +27,7 @@ from fewbits.methods import Method, TensorMethod, method_named
 from fewbits.models import Architecture, Piece, describe, gguf_dropped, gguf_extras, gguf_metadata
 from fewbits.pipeline._estimate import check_room, estimate, source_bytes
 from fewbits.pipeline._memory import give_back_free_memory
-from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, read_rows, row_step
+from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, read_rows, require_ties, row_step
 from fewbits.pipeline._verify import verify
 from fewbits.plan.rules import Choice, Plan, Rules, parse
 from fewbits.plan.rules import Tensor as PlanTensor
@@ -147,6 +147,7 @@ def prepare(
     wanted = parse(format)
     target = choose_kind(out, wanted, kind)
     architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
+    require_ties(reader, architecture.tied)
     pieces = tuple(cut(target, architecture, reader))
     rules = Rules(
         format=wanted,
@@ -220,7 +221,7 @@ def _convert(job: Job, piece: Piece, writer: Writer, meter: _Meter, stop: Event)
         if stop.is_set():
             return None
         w = read_rows(job.reader, piece, start, min(start + step, piece.shape[0] if piece.shape else 1))
-        part = _quantized(job.method, w, choice.format, piece.name)
+        part = _quantized(job, piece, w, choice.format)
         writer.write(piece.name, part)
         meter.add(part.nbytes, piece.name)
         error, norm = _squares(w, part)
@@ -229,14 +230,22 @@ def _convert(job: Job, piece: Piece, writer: Writer, meter: _Meter, stop: Event)
     return _report(job, piece, choice, relative, writer.digests[piece.name])
 
 
-def _quantized(method: TensorMethod, w: torch.Tensor, format: Format, name: str) -> QTensor:
+def _quantized(job: Job, piece: Piece, w: torch.Tensor, format: Format) -> QTensor:
     try:
         if isinstance(format, Float):
             params = format.fit(w)
             return QTensor(format, format.round(w, params), params)
-        return method.quantize(w.float(), format)
+        return job.method.quantize(w.float(), format)
     except FormatError as error:
-        raise FormatError(f"{name}: {error}") from error
+        raise FormatError(f"{piece.name}: {_not_finite(job, piece) or error}") from error
+
+
+def _not_finite(job: Job, piece: Piece) -> str | None:
+    """How many numbers of the whole tensor are NaN or Inf, as a sentence; None if all is well."""
+    total, step = _numel(piece.shape), row_step(piece, PART)
+    starts = range(0, piece.shape[0] if piece.shape else 1, step)
+    bad = sum(int((~read_rows(job.reader, piece, i, i + step).isfinite()).sum()) for i in starts)
+    return f"{bad} of {total} weights are NaN or Inf; repair the source checkpoint first" if bad else None
 
 
 def _squares(w: torch.Tensor, part: QTensor) -> tuple[float, float]:

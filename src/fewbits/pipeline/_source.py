@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from fewbits.formats import Float
 from fewbits.models import Architecture, Piece, Role, gguf_pieces, unfused
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+COMPARED = 1024  # rows
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
 
 
@@ -50,6 +51,27 @@ def open_source(path: Path) -> Reader:
         what = f"{quantized.name} is {quantized.format}" if quantized else "config.json has a quantization_config"
         raise UnsupportedError(f"{path} is quantized already ({what}); quantize from the original checkpoint")
     return reader
+
+
+def require_ties(reader: Reader, tied: Mapping[str, str]) -> None:
+    """Raise CheckpointError if a parameter that the configuration ties is in the files with other numbers.
+
+    Loaders disagree on which of the two counts then, so leaving one out would change the model for some of them.
+    """
+    for name, other in tied.items():
+        if name in reader.entries and not _same_numbers(reader, name, other):
+            raise CheckpointError(
+                f"{name} differs from {other}, although config.json ties them (tie_word_embeddings); set that to false "
+                f"to use both, or remove {name}"
+            )
+
+
+def _same_numbers(reader: Reader, name: str, other: str) -> bool:
+    shape = reader.entries[name].shape
+    if reader.entries[other].shape != shape:
+        return False
+    slabs = (slice(i, i + COMPARED) for i in range(0, shape[0], COMPARED))
+    return all(torch.equal(reader.read(name, rows).codes, reader.read(other, rows).codes) for rows in slabs)
 
 
 def dtype_of(reader: Reader, name: str) -> torch.dtype:
