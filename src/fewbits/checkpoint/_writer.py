@@ -45,12 +45,12 @@ COMPANION_FOLDERS = ("additional_chat_templates",)
 
 
 @dataclass
-class _Array:
+class ArrayOnDisk:
     """One array of a file: where its next bytes go."""
 
     name: str
     spec: ArraySpec
-    file: _File
+    file: OutputFile
     start: int
     written: int = 0
     sent: int = 0  # bytes that the disk was set to work on
@@ -77,7 +77,7 @@ class _Array:
         self.digest.update(view)
 
 
-class _File:
+class OutputFile:
     """A file of known size under construction. `write` may be called from several threads."""
 
     def __init__(self, path: Path, size: int) -> None:
@@ -123,11 +123,11 @@ class _File:
 
 
 @dataclass
-class _Progress:
+class EntryProgress:
     """How far one entry has been written."""
 
     entry: Entry
-    arrays: list[_Array]
+    arrays: list[ArrayOnDisk]
     rows: int = 0
     complete: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -158,28 +158,65 @@ class _Progress:
         return {array.name: array.digest.hexdigest() for array in self.arrays}
 
 
-class FolderWriter(Writer):
+class StreamWriter(Writer):
+    """What every kind's writer does with a part: count its rows, append its arrays, finish the entry with the last.
+
+    A subclass sets `_path` (the final name), `_partial` (the name until then) and `_progress` (entry name -> how far).
+    """
+
+    _path: Path
+    _partial: Path
+    _progress: dict[str, EntryProgress]
+
+    @abstractmethod
+    def encode(self, entry: Entry, part: QTensor, *, last: bool) -> dict[str, Tensor]:
+        """The next rows of an entry's arrays, by name in the file; `last` when the entry ends with this part."""
+
+    def write(self, name: str, part: QTensor) -> None:
+        progress = self._progress.get(name)
+        if progress is None:
+            raise LedgerError(f"'{name}' was not declared when {self._path} was begun; declare every entry first")
+        with progress.lock, disk_errors(self._partial):
+            last = progress.advance(part)
+            encoded = self.encode(progress.entry, part, last=last)
+            for array in progress.arrays:
+                if array.name in encoded:
+                    array.append(encoded[array.name])
+            if last:
+                self.digests[name] = progress.finish()
+
+    def require_complete(self) -> None:
+        """Raise LedgerError if an entry has not been written to its last row."""
+        missing = [name for name, progress in self._progress.items() if not progress.complete]
+        if missing:
+            raise LedgerError(
+                f"{self._path}: {len(missing)} of {len(self._progress)} entries are not written to their last row, "
+                f"the first of them '{missing[0]}'; nothing was kept"
+            )
+
+
+class FolderWriter(StreamWriter):
     """What all safetensors kinds share; a kind says which arrays an entry becomes and what its config.json says."""
 
     def __init__(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> None:
         self.digests = {}
         self._path = path
         self._entries = _unique(entries)
-        self._progress: dict[str, _Progress] = {}
-        self._files: list[_File] = []
+        self._progress: dict[str, EntryProgress] = {}
+        self._files: list[OutputFile] = []
         self._shard_of: dict[str, str] = {}
         refuse_existing(path)
-        self._folder = path.parent / f"{path.name}.partial-{secrets.token_hex(4)}"
+        self._partial = path.parent / f"{path.name}.partial-{secrets.token_hex(4)}"
         try:
-            with disk_errors(self._folder):
+            with disk_errors(self._partial):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 require_space(
                     path.parent, sum(spec.nbytes for e in entries for spec in self.arrays(e).values()) + SPARE
                 )
-                self._folder.mkdir()
+                self._partial.mkdir()
                 self._create_files()
-                _copy_companions(source, self._folder, with_code="auto_map" in config)
-                _write_json(self._folder / CONFIG, self.config(config))
+                _copy_companions(source, self._partial, with_code="auto_map" in config)
+                _write_json(self._partial / CONFIG, self.config(config))
         except BaseException:
             self.abort()
             raise
@@ -187,10 +224,6 @@ class FolderWriter(Writer):
     @abstractmethod
     def arrays(self, entry: Entry) -> dict[str, ArraySpec]:
         """Name in the file -> dtype and shape, of every array of an entry."""
-
-    @abstractmethod
-    def encode(self, entry: Entry, part: QTensor, *, last: bool) -> dict[str, Tensor]:
-        """The next rows of an entry's arrays, by name in the file; `last` when the entry ends with this part."""
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What config.json will hold."""
@@ -200,39 +233,21 @@ class FolderWriter(Writer):
         """What the header of a file with these entries says beside its arrays."""
         return {"format": "pt"}
 
-    def write(self, name: str, part: QTensor) -> None:
-        progress = self._progress.get(name)
-        if progress is None:
-            raise LedgerError(f"'{name}' was not declared when {self._path} was begun; declare every entry first")
-        with progress.lock, disk_errors(self._folder):
-            last = progress.advance(part)
-            encoded = self.encode(progress.entry, part, last=last)
-            for array in progress.arrays:
-                if array.name in encoded:
-                    array.append(encoded[array.name])
-            if last:
-                self.digests[name] = progress.finish()
-
     def commit(self, ledger: Mapping[str, Any]) -> None:
-        missing = [name for name, progress in self._progress.items() if not progress.complete]
-        if missing:
-            raise LedgerError(
-                f"{self._path}: {len(missing)} of {len(self._progress)} entries are not written to their last row, "
-                f"the first of them '{missing[0]}'; nothing was kept"
-            )
-        with disk_errors(self._folder):
-            _write_json(self._folder / LEDGER, ledger)
+        self.require_complete()
+        with disk_errors(self._partial):
+            _write_json(self._partial / LEDGER, ledger)
             for file in self._files:
                 file.close(flush=True)
-            flush_folder(self._folder)
+            flush_folder(self._partial)
             refuse_existing(self._path)
-            self._folder.rename(self._path)
+            self._partial.rename(self._path)
             flush(self._path.parent)
 
     def abort(self) -> None:
         for file in self._files:
             file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def _create_files(self) -> None:
         shards = list(self._sharded())
@@ -242,7 +257,7 @@ class FolderWriter(Writer):
         if len(shards) > 1:
             size = sum(array.spec.nbytes for p in self._progress.values() for array in p.arrays)
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self._shard_of.items()))}
-            _write_json(self._folder / INDEX, index)
+            _write_json(self._partial / INDEX, index)
 
     def _sharded(self) -> Iterator[list[Entry]]:
         """Entries in order, cut where a file would grow beyond SHARD."""
@@ -266,13 +281,13 @@ class FolderWriter(Writer):
         specs.sort(key=lambda item: -item[2].dtype.itemsize)
         header, starts = _header({array: spec for _, array, spec in specs}, self.metadata(entries))
         total = len(header) + sum(spec.nbytes for _, _, spec in specs)
-        file = _File(self._folder / name, total)
+        file = OutputFile(self._partial / name, total)
         self._files.append(file)
         file.write(memoryview(header), 0)
         for entry in entries:
-            self._progress[entry.name] = _Progress(entry, [])
+            self._progress[entry.name] = EntryProgress(entry, [])
         for entry, array, spec in specs:
-            self._progress[entry.name].arrays.append(_Array(array, spec, file, starts[array]))
+            self._progress[entry.name].arrays.append(ArrayOnDisk(array, spec, file, starts[array]))
 
 
 def _header(arrays: Mapping[str, ArraySpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

@@ -30,7 +30,16 @@ from fewbits.checkpoint._gguf_header import (
     padded,
     read_header,
 )
-from fewbits.checkpoint._writer import _Array, _File, _Progress, disk_errors, flush, refuse_existing, require_space
+from fewbits.checkpoint._writer import (
+    ArrayOnDisk,
+    EntryProgress,
+    OutputFile,
+    StreamWriter,
+    disk_errors,
+    flush,
+    refuse_existing,
+    require_space,
+)
 from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
 from fewbits.errors import CheckpointError, FormatError, LedgerError, OutputError, UnsupportedError
 from fewbits.formats import FORMATS, ArraySpec, Float, Format, QTensor
@@ -170,7 +179,7 @@ def _type_name(number: int) -> str:
         return f"{number}, unknown to gguf-py too"
 
 
-class GgufWriter(Writer):
+class GgufWriter(StreamWriter):
     """A file under construction: header first, every tensor at the place that the header gives it."""
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, Any]) -> None:
@@ -181,7 +190,7 @@ class GgufWriter(Writer):
         self._metadata = {**metadata, **_file_facts(metadata, entries)}
         self._partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
         self._leftovers = [self._partial]
-        self._file: _File | None = None
+        self._file: OutputFile | None = None
         for target in (path, *self._beside.values()):
             refuse_existing(target)
         header, infos, size = _layout(entries, self._metadata)
@@ -189,34 +198,21 @@ class GgufWriter(Writer):
             with disk_errors(self._partial):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 require_space(path.parent, size)
-                self._file = _File(self._partial, size)
+                self._file = OutputFile(self._partial, size)
                 self._file.write(memoryview(header), 0)
         except BaseException:
             self.abort()
             raise
         self._progress = {
-            entry.name: _Progress(entry, [_array(entry, self._file, len(header) + info.offset)])
+            entry.name: EntryProgress(entry, [_array(entry, self._file, len(header) + info.offset)])
             for entry, info in zip(entries, infos, strict=True)
         }
 
-    def write(self, name: str, part: QTensor) -> None:
-        progress = self._progress.get(name)
-        if progress is None:
-            raise LedgerError(f"'{name}' was not declared when {self._path} was begun; declare every entry first")
-        with progress.lock, disk_errors(self._partial):
-            last = progress.advance(part)
-            (array,) = progress.arrays
-            array.append(part.pack()[array.name])
-            if last:
-                self.digests[name] = progress.finish()
+    def encode(self, entry: Entry, part: QTensor, *, last: bool) -> dict[str, Tensor]:
+        return part.pack()
 
     def commit(self, ledger: Mapping[str, Any]) -> None:
-        missing = [name for name, progress in self._progress.items() if not progress.complete]
-        if missing:
-            raise LedgerError(
-                f"{self._path}: {len(missing)} of {len(self._progress)} entries are not written to their last row, "
-                f"the first of them '{missing[0]}'; nothing was kept"
-            )
+        self.require_complete()
         if self._file is None:
             raise OutputError(f"{self._path}: the output was abandoned already")
         texts = {"ledger": json.dumps(ledger, indent=2, ensure_ascii=False) + "\n", "Ollama": self._modelfile()}
@@ -279,6 +275,6 @@ def _layout(entries: Sequence[Entry], metadata: Mapping[str, Any]) -> tuple[byte
     return header, infos, len(header) + offset
 
 
-def _array(entry: Entry, file: _File, start: int) -> _Array:
+def _array(entry: Entry, file: OutputFile, start: int) -> ArrayOnDisk:
     ((name, spec),) = entry.format.arrays(entry.shape).items()
-    return _Array(name, ArraySpec(spec.dtype, spec.shape), file, start)
+    return ArrayOnDisk(name, ArraySpec(spec.dtype, spec.shape), file, start)
