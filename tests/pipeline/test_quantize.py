@@ -322,3 +322,24 @@ def test_json_of_the_ledger_is_plain(llama: Path, tmp_path: Path) -> None:
     ledger = json.loads((tmp_path / "out.fewbits.json").read_text())
     assert {"fewbits", "source", "kind", "method", "torch", "tensors"} <= ledger.keys()
     assert str(llama) not in json.dumps(ledger)  # a ledger travels with the model; paths of a machine do not
+
+
+ESTIMATED = """
+import resource, sys
+import fewbits
+said = []
+fewbits.quantize(sys.argv[1], sys.argv[2], format=sys.argv[3], announce=lambda need, job: said.append(need))
+print(said[0].peak_memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, said[0].disk)
+"""
+
+
+@pytest.mark.parametrize(("out", "format"), [("out", "int4-g32"), ("out.gguf", "q8_0")])
+def test_the_estimate_of_memory_and_disk(tmp_path: Path, out: str, format: str) -> None:
+    """On the bundled model: what was announced is what the process took, proof included."""
+    bundled = Path(fewbits.__file__).parent / "bundled" / "tiny"
+    command = [sys.executable, "-c", ESTIMATED, str(bundled), str(tmp_path / out), format]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    announced, taken, disk = map(int, done.stdout.split())
+    assert 0.7 * taken < announced < 1.5 * taken
+    files = [tmp_path / out] if out.endswith("gguf") else list((tmp_path / out).glob("*.safetensors"))
+    assert 0 <= sum(file.stat().st_size for file in files) - disk < 200_000  # headers; GGUF's holds the tokenizer

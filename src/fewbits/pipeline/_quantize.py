@@ -98,7 +98,7 @@ def quantize(
     )
     began = time.monotonic()
     threads = threads or os.cpu_count() or 1
-    need = estimate(job.entries, job.method, threads, PART)
+    need = estimate(job.entries, job.method, threads, PART, decoder=job.kind.decoder if prove else None)
     check_room(job.out, need.disk)
     if announce:
         announce(need, job)

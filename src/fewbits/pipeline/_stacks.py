@@ -20,8 +20,9 @@ from fewbits.checkpoint import Kind
 from fewbits.errors import VerificationError
 
 WINDOW = 64  # tokens in the probe
-LOGIT_KLD = {"huggingface": 1e-6, "compressed-tensors": 1e-4, "fewbits": 1e-6, "gguf": 1e-2}
-"""Largest mean KL divergence (nats) that the arithmetic of each file type's independent stack explains."""
+LOGIT_KLD = {"huggingface": 1e-6, "compressed-tensors": 1e-4, "gguf": 1e-2}
+"""Largest mean KL divergence (nats) that the arithmetic of each file type's independent stack explains. Measured on
+models of 0.26 M to 1.2 G weights: 0 for the first two in FP32, 2e-7 for GGUF in F16 and up to 7e-4 quantized."""
 
 
 def compare_logits(kind: Kind, out: Path) -> tuple[str | None, float | None, str | None]:
