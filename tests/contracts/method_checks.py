@@ -11,7 +11,7 @@ from format_checks import same, squared_error, weights
 from fewbits.errors import FormatError
 from fewbits.formats import FORMATS, QTensor
 from fewbits.formats.explain import family
-from fewbits.methods import METHODS, Method, TensorMethod, method_named
+from fewbits.methods import METHODS, Block, Method, TensorMethod, method_named
 
 ONE_OF_EACH = list({type(format): format for format in FORMATS.values()}.values())
 ONE_OF_EACH += [format for format in FORMATS.values() if family(format) == "int4" and format not in ONE_OF_EACH]
@@ -20,7 +20,8 @@ ONE_OF_EACH += [format for format in FORMATS.values() if family(format) == "int4
 def quantized(method: Method, **weights_by_name: torch.Tensor) -> list[dict[str, QTensor]]:
     """The block in every format, one after the other."""
     return [
-        method.quantize_block(weights_by_name, dict.fromkeys(weights_by_name, format), {}) for format in ONE_OF_EACH
+        method.quantize_block(Block.of(weights_by_name), dict.fromkeys(weights_by_name, format), {})
+        for format in ONE_OF_EACH
     ]
 
 
@@ -53,7 +54,7 @@ def check_not_finite_is_refused(method: Method) -> None:
         w[1, 2] = bad
         for format in ONE_OF_EACH:
             with pytest.raises(FormatError, match="1 of 192 weights are NaN or Inf"):
-                method.quantize_block({"w": w}, {"w": format}, {})
+                method.quantize_block(Block.of({"w": w}), {"w": format}, {})
 
 
 def check_input_is_not_changed_and_nothing_is_drawn_by_lot(method: Method) -> None:
@@ -73,8 +74,8 @@ def check_rows(method: Method) -> None:
     w = weights(7, 96)
     for format in ONE_OF_EACH:
         if format.rowwise:
-            whole = method.quantize(w, format).dequantize()
-            slabs = [method.quantize(w[rows], format).dequantize() for rows in (slice(0, 3), slice(3, 7))]
+            whole = method.quantize(w, format, {}).dequantize()
+            slabs = [method.quantize(w[rows], format, {}).dequantize() for rows in (slice(0, 3), slice(3, 7))]
             assert torch.equal(whole, torch.cat(slabs))
 
 

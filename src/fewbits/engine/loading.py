@@ -72,7 +72,7 @@ class _Target:
 
 
 @dataclass
-class _Placement:
+class Placement:
     """What makes one parameter: an entry, or several that one of transformers' conversions joins."""
 
     target: str
@@ -82,31 +82,31 @@ class _Placement:
 
 def _fill(model: PreTrainedModel, weights: Mapping[str, Weight], target: _Target) -> None:
     expected = dict(model.state_dict())
-    placements, unexpected = _placements(model, weights, expected)
-    _refuse_unexpected(model, unexpected)
+    placed, unexpected = placements(model, weights, expected)
+    refuse_unexpected(model, unexpected)
     wide = _kept_in_float32(model, target.dtype)
     filled: set[str] = set()
     decoded: list[str] = []
-    for placement in placements:
+    for placement in placed:
         meta = expected[placement.target]
         dtype = torch.float32 if wide and wide.search(placement.target) else meta.dtype
         if _pack_into(model, placement, dtype, target):
             filled.add(placement.target)
             continue
-        for name, value in _values(model, placement, dtype, target.device).items():
-            _assign(model, name, value, expected)
+        for name, value in values(model, placement, dtype, target.device).items():
+            assign(model, name, value, expected)
             filled.add(name)
         if target.packed and any(weight.quantized for _, weight in placement.sources):
             decoded.append(placement.target)
     if decoded:
         log.info("decoded to %s, having no packed form in transformers: %s", target.dtype, _listed(decoded))
-    filled |= _tie(model, filled)
+    filled |= tie_parameters(model, filled)
     _refuse_missing(model, expected.keys() - filled)
 
 
-def _placements(
+def placements(
     model: PreTrainedModel, weights: Mapping[str, Weight], expected: dict[str, Tensor]
-) -> tuple[list[_Placement], list[str]]:
+) -> tuple[list[Placement], list[str]]:
     """Every entry's place, and the entries that have none."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -115,7 +115,7 @@ def _placements(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     conversions = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in conversions for pattern in entry.source_patterns}
-    prefix, placed, unexpected = model.base_model_prefix, dict[str, _Placement](), list[str]()
+    prefix, placed, unexpected = model.base_model_prefix, dict[str, Placement](), list[str]()
     for name in sorted(weights, key=_natural):
         target, pattern = rename_source_key(name, renamings, conversions, prefix, expected)
         if target not in expected and name in expected:
@@ -124,12 +124,12 @@ def _placements(
             unexpected.append(name)
             continue
         conversion = copy.deepcopy(by_pattern[pattern]) if pattern is not None else None
-        placement = placed.setdefault(target, _Placement(target, conversion))
+        placement = placed.setdefault(target, Placement(target, conversion))
         placement.sources.append((pattern or name, weights[name]))
     return list(placed.values()), unexpected
 
 
-def _pack_into(model: nn.Module, placement: _Placement, dtype: torch.dtype, target: _Target) -> bool:
+def _pack_into(model: nn.Module, placement: Placement, dtype: torch.dtype, target: _Target) -> bool:
     """Swap the parameter's layer for a quantized one, if the entry and the layer allow it."""
     module_name, _, leaf = placement.target.rpartition(".")
     _, weight = placement.sources[0]
@@ -142,8 +142,8 @@ def _pack_into(model: nn.Module, placement: _Placement, dtype: torch.dtype, targ
     return True
 
 
-def _values(
-    model: PreTrainedModel, placement: _Placement, dtype: torch.dtype, device: torch.device
+def values(
+    model: PreTrainedModel, placement: Placement, dtype: torch.dtype, device: torch.device
 ) -> Mapping[str, Tensor]:
     """The numbers of a parameter; of several, where a conversion splits what lies together."""
     if placement.conversion is None:
@@ -155,7 +155,7 @@ def _values(
     return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
-def _assign(model: nn.Module, name: str, value: Tensor, expected: Mapping[str, Tensor]) -> None:
+def assign(model: nn.Module, name: str, value: Tensor, expected: Mapping[str, Tensor]) -> None:
     if name not in expected:
         raise CheckpointError(f"{name}: made from the checkpoint's entries, but the model has no such parameter")
     _require_shape(name, value.shape, expected[name].shape)
@@ -167,7 +167,7 @@ def _assign(model: nn.Module, name: str, value: Tensor, expected: Mapping[str, T
         module._parameters[leaf] = nn.Parameter(value, requires_grad=value.is_floating_point())
 
 
-def _tie(model: PreTrainedModel, filled: set[str]) -> set[str]:
+def tie_parameters(model: PreTrainedModel, filled: set[str]) -> set[str]:
     """Let parameters that the architecture ties share one weight; returns the names filled that way.
 
     Where the file has both, they are tied only if they are equal. What is not tied as a Parameter is taken off
@@ -226,7 +226,7 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[s
     return re.compile("|".join(rf"(^|\.){name}(\.|$)" for name in sorted(names))) if names else None
 
 
-def _refuse_unexpected(model: PreTrainedModel, names: Iterable[str]) -> None:
+def refuse_unexpected(model: PreTrainedModel, names: Iterable[str]) -> None:
     ignored = (*RECOMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
     left = [name for name in names if not any(re.search(pattern, name) for pattern in ignored)]
     if left:

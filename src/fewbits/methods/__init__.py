@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fewbits.errors import UnsupportedError
 from fewbits.formats import Format, QTensor, format_named
-from fewbits.methods.base import Method, TensorMethod
+from fewbits.methods.base import Finisher, Method, Solver, TensorMethod, Transform
+from fewbits.methods.block import Block
 from fewbits.methods.rtn import RTN
 
 METHODS: dict[str, Method] = {method.name: method for method in (*RTN,)}
@@ -35,7 +36,18 @@ def quantize_tensor(
     chosen = method_named(method)
     if not isinstance(chosen, TensorMethod):
         raise UnsupportedError(f"method {chosen.name} works on whole blocks; a single tensor can take rtn")
-    return chosen.quantize(x, format if isinstance(format, Format) else format_named(format), importance=importance)
+    stats = {} if importance is None else {"importance": importance}
+    return chosen.quantize(x, format if isinstance(format, Format) else format_named(format), stats)
 
 
-__all__ = ["METHODS", "Method", "TensorMethod", "method_named", "quantize_tensor"]
+__all__ = [
+    "METHODS",
+    "Block",
+    "Finisher",
+    "Method",
+    "Solver",
+    "TensorMethod",
+    "Transform",
+    "method_named",
+    "quantize_tensor",
+]

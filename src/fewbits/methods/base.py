@@ -1,63 +1,122 @@
-"""How codes are chosen: the contract of a method.
+"""How codes are chosen: the contracts of methods.
 
-A method turns the weights of one block of the model into QTensors, in the formats that the plan gave them. Methods that
-look at one tensor at a time (rounding, HQQ, GPTQ) implement `quantize` and are lifted to blocks by `TensorMethod`;
-methods that trade weights of several layers against each other implement `quantize_block` themselves.
+There are three kinds, and `a+b+c` on the command line puts them in this order:
+
+- a `Transform` rewrites the model into one that computes the same and is easier to quantize (rotations, factors moved
+  from a norm into the next matrix). Weights change, predictions do not;
+- a `Solver` turns the matrices of one block into QTensors, in the formats that the plan gave them. Most look at one
+  tensor at a time (rounding, HQQ, GPTQ): they derive from `TensorMethod` and implement `quantize`;
+- a `Finisher` works on the whole quantized model in the end, and leaves the codes alone.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fewbits.formats import Format, QTensor
+from fewbits.methods._parallel import in_parallel
+from fewbits.methods.block import Block, Stats
 
 
 class Method(ABC):
-    """How codes are chosen. A frozen dataclass, so a value."""
+    """One way to choose codes, or to prepare for it. A frozen dataclass, so a value."""
 
     summary: ClassVar[str]
     """One sentence for `fewbits methods`."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """Statistics of the inputs that the method cannot do without."""
+    """Statistics of the inputs that the method cannot do without (see `fewbits.stats`)."""
+    runs: ClassVar[bool] = False
+    """Whether it runs the block on calibration text, beyond what the statistics say."""
 
     @property
     @abstractmethod
     def name(self) -> str:
         """The registry's key."""
 
-    @abstractmethod
-    def quantize_block(
-        self, block: Mapping[str, Tensor], plan: Mapping[str, Format], stats: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, QTensor]:
-        """QTensors of the block's weights, in the plan's formats.
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model has to run on calibration text."""
+        return bool(self.needs) or self.runs
 
-        block: name -> weight, floating point [out_features, in_features] (or [experts, ., .]).
-        stats: name -> statistic -> value, for those statistics that were measured.
-        Raises FormatError if a weight is NaN or Inf.
+
+class Transform(Method):
+    """Rewrites a block so that it computes the same and quantizes better."""
+
+    @abstractmethod
+    def transform(self, block: Block, plan: Mapping[str, Format], stats: Stats) -> None:
+        """Change the block's parameters in place. Raises UnsupportedError where the architecture does not allow it."""
+
+
+class Solver(Method):
+    """Turns the matrices of a block into QTensors."""
+
+    @abstractmethod
+    def quantize_block(self, block: Block, plan: Mapping[str, Format], stats: Stats) -> dict[str, QTensor]:
+        """QTensors of the block's matrices, in the plan's formats.
+
+        plan: matrix -> format, for every matrix of the block. stats: matrix -> statistic -> value, of those that were
+        measured. Raises FormatError if a weight is NaN or Inf.
         """
 
 
-class TensorMethod(Method):
-    """A method that looks at one tensor at a time."""
+class TensorMethod(Solver):
+    """A solver that looks at one tensor at a time."""
 
     rowwise: ClassVar[bool] = True
     """Whether a row's codes depend on that row alone, so that a tensor can be done a few rows at a time."""
+    shares: ClassVar[bool] = False
+    """Whether matrices that read the same input are better solved as one, on top of each other."""
 
     @abstractmethod
-    def quantize(self, w: Tensor, format: Format, *, importance: Tensor | None = None) -> QTensor:
+    def quantize(self, w: Tensor, format: Format, stats: Mapping[str, Tensor]) -> QTensor:
         """Codes and params for w, floating point [..., N, K].
 
-        importance: weight of each squared error, broadcastable to w ([K] for the mean x² of the inputs).
+        stats: of the layer's inputs, such as `importance` [K] (the mean x²) or `hessian` [K, K]; each with a leading
+        dimension of experts where w has one. Empty where nothing was measured.
         """
 
-    def quantize_block(
-        self, block: Mapping[str, Tensor], plan: Mapping[str, Format], stats: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, QTensor]:
+    @torch.no_grad()
+    def quantize_block(self, block: Block, plan: Mapping[str, Format], stats: Stats) -> dict[str, QTensor]:
+        groups = _groups(block, plan, stats) if self.shares and self.rowwise else [[name] for name in block.slots]
+        solved: dict[str, QTensor] = {}
+        for found in in_parallel([partial(self._solve, names, block, plan, stats) for names in groups]):
+            solved |= found
+        return {name: solved[name] for name in block.slots}
+
+    def _solve(self, names: list[str], block: Block, plan: Mapping[str, Format], stats: Stats) -> dict[str, QTensor]:
+        """Matrices of the same width, format and statistics, solved as one."""
+        format, matrices = plan[names[0]], [block.matrix(name) for name in names]
+        if len(names) == 1:
+            return {names[0]: self.quantize(matrices[0], format, stats.get(names[0], {}))}
+        q = self.quantize(torch.cat(matrices, dim=-2), format, stats[names[0]])
+        heights = [w.shape[-2] for w in matrices]
+        codes = q.codes.split(heights, dim=-2)
+        params = {key: p.split(heights, dim=-2) for key, p in q.params.items()}
         return {
-            name: self.quantize(w, plan[name], importance=stats.get(name, {}).get("importance"))
-            for name, w in block.items()
+            name: QTensor(format, codes[i].contiguous(), {key: p[i].contiguous() for key, p in params.items()})
+            for i, name in enumerate(names)
         }
+
+
+class Finisher(Method):
+    """Works on the whole quantized model. Its contract is the pipeline's, which alone holds a whole model."""
+
+
+def _groups(block: Block, plan: Mapping[str, Format], stats: Stats) -> list[list[str]]:
+    """Matrices that read the same input and have the same rowwise format, together; widest input first."""
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name in block.slots:
+        w, format, found = block.matrix(name), plan[name], stats.get(name, {})
+        shared = next(iter(found.values()), None)
+        if shared is None or not format.rowwise:
+            groups[name].append(name)
+        else:
+            groups[id(shared), format, w.shape[:-2]].append(name)
+    return sorted(groups.values(), key=lambda names: -block.matrix(names[0]).shape[-1])

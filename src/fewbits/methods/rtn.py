@@ -8,6 +8,7 @@ clearly worse.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,8 +29,8 @@ class RoundToNearest(TensorMethod):
     def name(self) -> str:
         return "rtn"
 
-    def quantize(self, w: Tensor, format: Format, *, importance: Tensor | None = None) -> QTensor:
-        params = format.fit(w, importance, search=True)
+    def quantize(self, w: Tensor, format: Format, stats: Mapping[str, Tensor]) -> QTensor:
+        params = format.fit(w, column_weights(w, stats.get("importance")), search=True)
         return QTensor(format, format.round(w, params), params)
 
 
@@ -43,11 +44,18 @@ class PlainRounding(TensorMethod):
     def name(self) -> str:
         return "rtn-plain"
 
-    def quantize(self, w: Tensor, format: Format, *, importance: Tensor | None = None) -> QTensor:
-        if importance is not None:
+    def quantize(self, w: Tensor, format: Format, stats: Mapping[str, Tensor]) -> QTensor:
+        if "importance" in stats:
             raise UnsupportedError("rtn-plain takes scales from the range and cannot weigh errors; use rtn")
         codes, params = format.plain(w)
         return QTensor(format, codes, params)
+
+
+def column_weights(w: Tensor, importance: Tensor | None) -> Tensor | None:
+    """Importance of the columns ([K], [experts, K]) or of each number, as it broadcasts to w [..., N, K]."""
+    if importance is None or importance.dim() in (1, w.dim()):
+        return importance
+    return importance.unsqueeze(-2)
 
 
 RTN = (RoundToNearest(), PlainRounding())

@@ -19,14 +19,18 @@ from fewbits.models.gguf import (
     gguf_pieces,
     gguf_supported,
 )
+from fewbits.models.slots import Link, Slot, Slots
 
 __all__ = [
     "FAMILIES",
     "Architecture",
     "CacheShape",
+    "Link",
     "Piece",
     "Restored",
     "Role",
+    "Slot",
+    "Slots",
     "cache_shape",
     "describe",
     "from_gguf",

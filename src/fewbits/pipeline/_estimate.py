@@ -84,7 +84,7 @@ def _seconds_per_weight(method: TensorMethod, format: Format) -> float:
         return 1e-9  # a copy and its hash: far below anything that rounds
     w = torch.randn(SAMPLE // 1024, 1024, generator=torch.Generator().manual_seed(0))
     began = time.perf_counter()
-    q = method.quantize(w, format)
+    q = method.quantize(w, format, {})
     for array in q.pack().values():
         hashlib.sha256(array.contiguous().flatten().view(torch.uint8).numpy().data)
     torch.linalg.vector_norm(q.dequantize().sub_(w))

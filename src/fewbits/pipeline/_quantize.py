@@ -235,7 +235,7 @@ def _quantized(job: Job, piece: Piece, w: torch.Tensor, format: Format) -> QTens
         if isinstance(format, Float):
             params = format.fit(w)
             return QTensor(format, format.round(w, params), params)
-        return job.method.quantize(w.float(), format)
+        return job.method.quantize(w.float(), format, {})
     except FormatError as error:
         raise FormatError(f"{piece.name}: {_not_finite(job, piece) or error}") from error
 

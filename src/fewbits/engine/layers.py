@@ -1,0 +1,253 @@
+"""A causal language model whose decoder layers are in memory one at a time.
+
+The model is built without weights. What lies outside its layers (embeddings, the last norm, the projection to the
+vocabulary) is loaded when it is used; a layer is loaded, run over everything, changed perhaps, and dropped.
+
+What a layer is called with besides the hidden states (rotary angles, masks) is the model's own affair and depends only
+on the shape of the input. So the model runs once with stubs for layers that write down how they are called, and the
+same arguments are used for every batch; all batches are windows of one length.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.checkpoint import Reader
+from fewbits.engine.loading import Placement, assign, placements, refuse_unexpected, tie_parameters, values
+from fewbits.engine.skeleton import configuration, is_causal, skeleton
+from fewbits.engine.weights import Weight
+from fewbits.errors import UnsupportedError
+from fewbits.models import Slot
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+class LayeredModel:
+    """A causal language model in float32, one layer in memory at a time.
+
+    layers: the names of its decoder layers, in order. Raises UnsupportedError for what is no causal language model or
+    has no list of decoder layers.
+    """
+
+    def __init__(self, reader: Reader, device: torch.device | str = "cpu") -> None:
+        config = configuration(reader.path, reader.config)
+        if not is_causal(config):
+            named = ", ".join(config.architectures or ["no class"])
+            raise UnsupportedError(f"{reader.path}: {named} does not predict next tokens, so it cannot be calibrated")
+        config._experts_implementation = "eager"  # one product an expert, with the tokens that chose it
+        self.device = torch.device(device)
+        self.config = config
+        self._reader = reader
+        self._model = skeleton(config, torch.float32)
+        self._expected = dict(self._model.state_dict())
+        self._prefix, self._layers = decoder_layers(self._model)
+        self.layers = tuple(f"{self._prefix}.{i}" for i in range(len(self._layers)))
+        weights = {name: Weight(reader, entry) for name, entry in reader.entries.items()}
+        placed, unexpected = placements(self._model, weights, self._expected)
+        refuse_unexpected(self._model, unexpected)
+        self._placements = placed
+        self._calls: tuple[int, list[dict[str, Any]]] | None = None
+        self._in_use = 0  # callers that need what lies outside of the layers
+        self._tuples = False  # whether this architecture's layers return tuples
+
+    def layer_of(self, name: str) -> int | None:
+        """Index of the layer that a parameter of the running model belongs to; None outside of all."""
+        if not name.startswith(self._prefix + "."):
+            return None
+        return int(name[len(self._prefix) + 1 :].partition(".")[0])
+
+    def slots(self) -> dict[str, Slot]:
+        """Entry of the checkpoint -> where it lies in the running model."""
+        return {
+            weight.entry.name: _slot(placement, pattern, weight)
+            for placement in self._placements
+            for pattern, weight in placement.sources
+        }
+
+    def load(self, index: int) -> nn.Module:
+        """A layer with its weights, float32, on the device; they are read anew at every call."""
+        self._fill(lambda name: self.layer_of(name) == index)
+        layer = self._layers[index]
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+        return layer.to(self.device)
+
+    def drop(self, index: int) -> None:
+        """Free a layer's weights."""
+        self._empty(self._layers[index])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first layer reads, float32 [B, T, H], for token ids [B, T]."""
+        with self.outside(), torch.no_grad():
+            self._record(ids.shape[1])
+            caught: list[Tensor] = []
+
+            def stub(x: Tensor, *_: Any, **__: Any) -> Tensor:
+                caught.append(x)
+                raise _FirstLayerReached
+
+            with self._stubs([stub]):
+                parts = []
+                for row in ids.split(1):
+                    try:
+                        self._model(input_ids=row.to(self.device), use_cache=False)
+                    except _FirstLayerReached:
+                        parts.append(caught.pop())
+            return torch.cat(parts)
+
+    def run(self, index: int, x: Tensor) -> Tensor:
+        """What a loaded layer makes of hidden states [B, T, H]; `embed` must have seen windows of T tokens."""
+        if self._calls is None or self._calls[0] != x.shape[1]:
+            self._record(x.shape[1])
+        assert self._calls is not None
+        out = self._layers[index](x, **self._calls[1][index])
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The model's predictions, float32 [B, T, vocab], from what the last layer returned [B, T, H]."""
+        stub = self._returning(lambda _: x)
+        with self.outside(), self._stubs([stub] + [self._returning(lambda seen: seen)] * (len(self._layers) - 1)):
+            ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=self.device)
+            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits.float()
+        return logits
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Keep what lies outside the layers in memory, for several calls of `embed` or `logits`."""
+        if self._in_use == 0:
+            self._fill(lambda name: self.layer_of(name) is None)
+            self._outside_to_device()
+        self._in_use += 1
+        try:
+            yield
+        finally:
+            self._in_use -= 1
+            if self._in_use == 0:
+                self._drop_outside()
+
+    def _returning(self, function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def stub(x: Tensor, *_: Any, **__: Any) -> Any:
+            return (function(x),) if self._tuples else function(x)
+
+        return stub
+
+    def _record(self, length: int) -> None:
+        """Let the model call stubs, and keep how it calls each."""
+        if self._calls is not None and self._calls[0] == length:
+            return
+        for self._tuples in (False, True):
+            calls = self._recorded(length)
+            if calls is not None:
+                self._calls = (length, calls)
+                return
+        raise UnsupportedError(f"{self._reader.path}: its layers cannot be run one by one; use rtn")
+
+    def _recorded(self, length: int) -> list[dict[str, Any]] | None:
+        """How each layer is called; None if the model does not go on from what the stubs return."""
+        calls: list[dict[str, Any]] = []
+        shapes: list[torch.Size] = []
+
+        def stub(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if args:
+                raise UnsupportedError(
+                    f"{self._reader.path}: its layers take more than the hidden states by position, which cannot be "
+                    "replayed; use a method that needs no calibration"
+                )
+            calls.append({key: value for key, value in kwargs.items() if key != "past_key_values"})
+            shapes.append(x.shape)
+            return (x,) if self._tuples else x
+
+        with self.outside(), self._stubs([stub] * len(self._layers)), torch.no_grad():
+            ids = torch.zeros(1, length, dtype=torch.int64, device=self.device)
+            try:
+                self._model(input_ids=ids, use_cache=False)
+            except (TypeError, AttributeError, IndexError, ValueError, RuntimeError):
+                if self._tuples:
+                    raise
+                return None
+        return calls if all(shape == shapes[0] for shape in shapes) else None
+
+    @contextmanager
+    def _stubs(self, stubs: list[Callable[..., Any]]) -> Iterator[None]:
+        for layer, stub in zip(self._layers, stubs, strict=False):
+            layer.__dict__["forward"] = stub
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.__dict__.pop("forward", None)
+
+    def _outside_to_device(self) -> None:
+        for name, module in self._model.named_modules():
+            if self.layer_of(name) is None and name != self._prefix:
+                for tensor in (*module._parameters.values(), *module._buffers.values()):
+                    if tensor is not None and not tensor.is_meta:
+                        tensor.data = tensor.data.to(self.device)
+
+    def _drop_outside(self) -> None:
+        for name in self._expected:
+            if self.layer_of(name) is None:
+                self._to_meta(name)
+        gc.collect()
+
+    def _fill(self, wanted: Callable[[str], bool]) -> None:
+        filled = set[str]()
+        for placement in self._placements:
+            if wanted(placement.target):
+                for name, value in values(self._model, placement, torch.float32, self.device).items():
+                    assign(self._model, name, value, self._expected)
+                    filled.add(name)
+        tie_parameters(self._model, filled)
+
+    def _empty(self, layer: nn.Module) -> None:
+        prefix = next(name for name, module in self._model.named_modules() if module is layer)
+        for name in self._expected:
+            if name.startswith(prefix + "."):
+                self._to_meta(name)
+
+    def _to_meta(self, name: str) -> None:
+        module_name, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(module_name)
+        if leaf in module._parameters:
+            shape = self._expected[name]
+            module._parameters[leaf] = nn.Parameter(torch.empty_like(shape, device="meta"), requires_grad=False)
+
+
+class _FirstLayerReached(Exception):  # noqa: N818  # no error: it ends a run early
+    """Ends a run of the model once its first layer has been called."""
+
+
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the model's decoder layers. Raises UnsupportedError if it has none, or several such lists."""
+    kinds = set(model._no_split_modules or ())
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and {type(m).__name__ for m in module} <= kinds
+    ]
+    if len(found) != 1:
+        raise UnsupportedError(
+            f"{type(model).__name__} has {len(found)} lists of decoder layers where one is needed; "
+            "use a method that needs no calibration (rtn, hqq)"
+        )
+    return found[0]
+
+
+def _slot(placement: Placement, pattern: str, weight: Weight) -> Slot:
+    """Where an entry lies in its parameter: all of it, or one expert's matrix that transformers fuses with others."""
+    expert = _EXPERT.search(weight.entry.name)
+    if placement.conversion is None or expert is None:
+        return Slot(placement.target)
+    parts = list(dict.fromkeys(placement.conversion.source_patterns))
+    if len(parts) == 1:
+        return Slot(placement.target, int(expert[1]))
+    first = parts.index(pattern) * weight.entry.shape[0]
+    return Slot(placement.target, int(expert[1]), rows=(first, first + weight.entry.shape[0]))

@@ -1,0 +1,138 @@
+"""Statistics of what linear layers read, gathered while the model runs.
+
+`Collector` watches every `torch.nn.functional.linear` whose weight is one of its parameters. That is one mechanism for
+everything a model may call a linear layer: `nn.Linear`, a router, and the experts of a mixture, which transformers
+keeps in one 3-D parameter and multiplies by slices of it; an expert's statistics then come from the tokens that were
+routed to it, and from no others.
+
+Matrices that read the same tensor (queries, keys and values; gate and up) share one accumulator: whoever compares their
+statistics with `is` can see it.
+
+    importance   mean of x²       [K]      weight of a column's squared error
+    magnitude    mean of |x|      [K]      what AWQ and SmoothQuant scale by
+    absmax       largest |x|      [K]
+    hessian      mean of x·xᵀ     [K, K]   half the second derivative of the squared error of a layer's output
+    samples      some of the x    [S, K]   spread evenly over all tokens
+
+Means are over tokens and accumulated in float32 from sums of one batch each; the Hessian's products are BLAS's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+STATISTICS = ("importance", "magnitude", "absmax", "hessian", "samples")
+SAMPLES = 512
+"""Rows kept of each input where `samples` are asked for."""
+
+
+class Site(NamedTuple):
+    """A weight that reads something: a parameter's name, and the expert's index in a fused one."""
+
+    parameter: str
+    expert: int | None = None
+
+
+@dataclass
+class InputStatistics:
+    """What was seen at one site, or at several that read the same tensor."""
+
+    wanted: frozenset[str]
+    every: int = 1  # of the rows, which go into `samples`
+    tokens: int = 0
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    _kept: list[Tensor] = field(default_factory=list)
+    _cached: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, x: Tensor) -> None:
+        """Count rows x [T, K]."""
+        x = x.detach().float()
+        for name in ("importance", "magnitude", "absmax", "hessian"):
+            if name in self.wanted:
+                self._accumulate(name, x)
+        if "samples" in self.wanted:
+            self._kept.append(x[-self.tokens % self.every :: self.every].clone())
+        self.tokens += len(x)
+
+    def value(self, name: str) -> Tensor:
+        """The statistic of everything counted so far; the same tensor at every call, so consumers can share it."""
+        if name not in self._cached:
+            self._cached[name] = self._value(name)
+        return self._cached[name]
+
+    def values(self) -> dict[str, Tensor]:
+        return {name: self.value(name) for name in STATISTICS if name in self.wanted}
+
+    def _value(self, name: str) -> Tensor:
+        if name == "samples":
+            return torch.cat(self._kept)
+        return self._sums[name] if name == "absmax" else self._sums[name].div_(max(1, self.tokens))
+
+    def _accumulate(self, name: str, x: Tensor) -> None:
+        if name == "hessian":
+            total = self._sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1]))
+            total.addmm_(x.T, x)
+            return
+        if name == "absmax":
+            peak = x.abs().amax(0)
+            self._sums[name] = torch.maximum(self._sums[name], peak) if name in self._sums else peak
+            return
+        terms = x.square() if name == "importance" else x.abs()
+        self._sums[name] = self._sums.get(name, 0) + terms.sum(0)
+
+
+class Collector(TorchFunctionMode):
+    """Within it, the inputs of `parameters` (name -> tensor, 2-D or fused 3-D) are counted.
+
+    tokens: about how many rows will pass in all, so that samples are spread over them.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], wanted: Iterable[str], *, tokens: int) -> None:
+        super().__init__()
+        self._wanted = frozenset(wanted)
+        unknown = self._wanted - set(STATISTICS)
+        if unknown:
+            raise ValueError(f"statistics {sorted(unknown)} are not known; there are {', '.join(STATISTICS)}")
+        self._every = max(1, tokens // SAMPLES)
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._sites: dict[Site, InputStatistics] = {}
+        self._last: tuple[Tensor, InputStatistics] | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+            site = self._site(weight)
+            if site is not None:
+                self._count(site, x)
+        return func(*args, **kwargs)
+
+    def statistics(self) -> dict[Site, InputStatistics]:
+        """What was seen, by site; an expert that no token came to has no entry."""
+        self._last = None
+        return self._sites
+
+    def _site(self, weight: Tensor) -> Site | None:
+        if id(weight) in self._names:
+            return Site(self._names[id(weight)])
+        base = weight._base
+        if base is None or id(base) not in self._names or base.dim() != 3:
+            return None
+        return Site(self._names[id(base)], weight.storage_offset() // base.stride(0))
+
+    def _count(self, site: Site, x: Tensor) -> None:
+        shared = self._last is not None and self._last[0] is x
+        if shared and self._last is not None:
+            self._sites.setdefault(site, self._last[1])
+            return
+        found = self._sites.setdefault(site, InputStatistics(self._wanted, self._every))
+        found.add(x.reshape(-1, x.shape[-1]))
+        self._last = (x, found)
