@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from fewbits.engine.layers import LayeredModel
 from fewbits.engine.loading import load
 from fewbits.engine.skeleton import is_causal
 from fewbits.engine.weights import open_weights
 
-__all__ = ["is_causal", "load", "open_weights"]
+__all__ = ["LayeredModel", "is_causal", "load", "open_weights"]

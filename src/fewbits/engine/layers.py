@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +56,11 @@ class LayeredModel:
         self._calls: tuple[int, list[dict[str, Any]]] | None = None
         self._in_use = 0  # callers that need what lies outside of the layers
         self._tuples = False  # whether this architecture's layers return tuples
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in the hidden state of one token."""
+        return int(self.config.get_text_config().hidden_size)
 
     def layer_of(self, name: str) -> int | None:
         """Index of the layer that a parameter of the running model belongs to; None outside of all."""
@@ -102,12 +107,13 @@ class LayeredModel:
                         parts.append(caught.pop())
             return torch.cat(parts)
 
-    def run(self, index: int, x: Tensor) -> Tensor:
-        """What a loaded layer makes of hidden states [B, T, H]; `embed` must have seen windows of T tokens."""
+    def run(self, index: int, x: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What a loaded layer makes of hidden states [B, T, H]; `replaced`: parameters instead of its own, by local name."""
         if self._calls is None or self._calls[0] != x.shape[1]:
             self._record(x.shape[1])
         assert self._calls is not None
-        out = self._layers[index](x, **self._calls[1][index])
+        arguments = self._calls[1][index]
+        out = torch.func.functional_call(self._layers[index], dict(replaced or {}), (x,), arguments)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden
 

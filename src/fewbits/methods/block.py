@@ -48,14 +48,14 @@ class Block:
 
     @classmethod
     def around(
-        cls, name: str, module: nn.Module, slots: Mapping[str, Slot], run: Callable[..., Tensor], **more: Any
+        cls,
+        name: str,
+        module: nn.Module,
+        slots: Mapping[str, Slot],
+        call: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+        **more: Any,
     ) -> Block:
-        """A block around a module. run: its function (x) -> hidden states, called while parameters are replaced."""
-
-        def call(x: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
-            with torch.nn.utils.stateless._reparametrize_module(module, dict(replaced)):
-                return run(x)
-
+        """A block around a module; the other fields by their names."""
         return cls(name, dict(module.named_parameters()), slots, call, **more)
 
     @property

@@ -1,0 +1,230 @@
+"""The model block by block: run it, measure what its matrices read, choose codes, and go on behind the quantized block.
+
+Two streams of hidden states go through the model. The *quantized* one comes out of blocks that are quantized already:
+statistics are taken from it, so each block makes up for what those before it got wrong. The *original* one is kept
+where a method asks for it: its outputs are what a block should have returned.
+
+One block is in memory at a time, in float32, with the statistics of its inputs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewbits.engine import LayeredModel
+from fewbits.formats import Format, QTensor
+from fewbits.methods.block import Block
+from fewbits.methods.recipe import Recipe
+from fewbits.models import Slot
+from fewbits.pipeline._activations import Activations
+from fewbits.stats import Collector, InputStatistics, Site
+
+BATCH = 2048  # tokens that run through a block at a time
+
+
+@dataclass(frozen=True)
+class SolvedBlock:
+    """What became of a block.
+
+    matrices: by the output's names, rows in the output's order. changed: parameters that a transform rewrote and the
+    plan keeps in floating point, by the running model's names, in their own dtype. errors: ‖w − ŵ‖ / ‖w‖ of each
+    matrix, w as the transforms left it.
+    """
+
+    matrices: Mapping[str, QTensor]
+    changed: Mapping[str, Tensor]
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the blocks are made from and of.
+
+    formats: matrix of the output -> its format, of those inside blocks. slots: the same matrices -> where they lie in
+    the running model. dtypes: parameter of the running model -> the type that it is written in.
+    """
+
+    model: LayeredModel
+    recipe: Recipe
+    formats: Mapping[str, Format]
+    slots: Mapping[str, Slot]
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+
+class Streams:
+    """The hidden states in front of the next block, of calibration windows ids [n, T].
+
+    quantized: behind quantized blocks; original: behind original ones, None where nobody asks for it.
+    folder: where to keep them if they take more than `limit` bytes in all.
+    """
+
+    def __init__(self, work: Work, ids: Tensor, *, folder: Path, limit: int, original: bool) -> None:
+        self.batch = max(1, BATCH // ids.shape[1])
+        n, length, hidden = *ids.shape, work.model.hidden_size
+        names = ("quantized", "original") if original else ("quantized",)
+        spill = 4 * len(names) * n * length * hidden > limit
+        made = [Activations(n, length, hidden, folder / f"{name}.states" if spill else None) for name in names]
+        self.quantized, self.original = made[0], made[1] if original else None
+        self.ids = ids
+        with work.model.outside():
+            for start in range(0, len(ids), self.batch):
+                states = work.model.embed(ids[start : start + self.batch])
+                for stream in made:
+                    stream.put(start, states)
+
+    def close(self) -> None:
+        for stream in (self.quantized, self.original):
+            if stream is not None:
+                stream.close()
+
+
+@torch.no_grad()
+def solve_block(work: Work, index: int, streams: Streams) -> SolvedBlock:
+    """Quantize a block and move the streams behind it."""
+    block = open_block(work, index, streams)
+    if streams.original is not None:
+        advance(block, streams.original, streams.batch)
+    kept = _kept(block)
+    for transform in work.recipe.transforms:
+        stats = measure(block, transform.needs, streams) if transform.needs else {}
+        transform.transform(block, local_formats(work, block), stats)
+    changed = _changed(work, block, kept)
+    solver = work.recipe.solver
+    stats = measure(block, solver.needs, streams) if solver.needs else {}
+    matrices = solver.quantize_block(block, local_formats(work, block), stats)
+    del stats
+    errors = {name: _insert(block, name, q) for name, q in matrices.items()}
+    advance(block, streams.quantized, streams.batch)
+    work.model.drop(index)
+    return SolvedBlock(matrices, changed, errors)
+
+
+@torch.no_grad()
+def replay_block(work: Work, index: int, streams: Streams, solved: SolvedBlock) -> None:
+    """Move the streams behind a block that was solved before."""
+    block = open_block(work, index, streams)
+    if streams.original is not None:
+        advance(block, streams.original, streams.batch)
+    restore(block, solved)
+    advance(block, streams.quantized, streams.batch)
+    work.model.drop(index)
+
+
+def restore(block: Block, solved: SolvedBlock) -> None:
+    """Put what was solved into a block as it came from the source."""
+    for name, value in solved.changed.items():
+        block.parameters[name.removeprefix(f"{block.name}.")].copy_(value)
+    for name, q in solved.matrices.items():
+        block.put(name, q.dequantize().to(block.device))
+
+
+def open_block(work: Work, index: int, streams: Streams | None = None) -> Block:
+    """A block as it is in the source, in memory."""
+    module, name = work.model.load(index), work.model.layers[index]
+    prefix = f"{name}."
+    slots = {
+        matrix: Slot(slot.parameter.removeprefix(prefix), *_rest(slot))
+        for matrix, slot in work.slots.items()
+        if slot.parameter.startswith(prefix)
+    }
+    return Block.around(
+        name,
+        module,
+        slots,
+        partial(work.model.run, index),
+        inputs=() if streams is None else streams.quantized,
+        targets=() if streams is None or streams.original is None else streams.original,
+    )
+
+
+def _rest(slot: Slot) -> tuple[int | None, bool, tuple[int, int] | None, int | None]:
+    return slot.expert, slot.transposed, slot.rows, slot.interleaved_heads
+
+
+def local_formats(work: Work, block: Block) -> dict[str, Format]:
+    return {name: work.formats[name] for name in block.slots}
+
+
+def advance(block: Block, stream: Activations, batch: int) -> None:
+    """Replace a stream by what the block makes of it."""
+    for start, states in stream.batches(batch):
+        stream.put(start, block.run(states.to(block.device)))
+
+
+def measure(block: Block, needs: Sequence[str], streams: Streams) -> dict[str, dict[str, Tensor]]:
+    """Statistics of what each matrix of the block reads, with the block as it is now."""
+    watched = {slot.parameter: block.parameters[slot.parameter] for slot in block.slots.values()}
+    collector = Collector(watched, needs, tokens=streams.ids.numel())
+    with collector:
+        for _, states in streams.quantized.batches(streams.batch):
+            block.run(states.to(block.device))
+    sites = collector.statistics()
+    pooled = _pooled(sites)
+    return {name: _of_slot(slot, block, sites, pooled) for name, slot in block.slots.items()}
+
+
+def _of_slot(
+    slot: Slot, block: Block, sites: Mapping[Site, InputStatistics], pooled: Callable[[str], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    parameter = block.parameters[slot.parameter]
+    if parameter.dim() == 2:
+        return sites[Site(slot.parameter)].values()
+    if slot.expert is not None:
+        found = sites.get(Site(slot.parameter, slot.expert))
+        return found.values() if found is not None else pooled(slot.parameter)
+    experts = [sites.get(Site(slot.parameter, e)) for e in range(parameter.shape[0])]
+    values = [pooled(slot.parameter) if found is None else found.values() for found in experts]
+    return {key: torch.stack([value[key] for value in values]) for key in values[0] if key != "samples"}
+
+
+def _pooled(sites: Mapping[Site, InputStatistics]) -> Callable[[str], dict[str, Tensor]]:
+    """Statistics of an expert that no calibration token came to: the mean over the others, weighted by their tokens."""
+    by_parameter: dict[str, list[InputStatistics]] = defaultdict(list)
+    for site, found in sites.items():
+        by_parameter[site.parameter].append(found)
+
+    def pooled(parameter: str) -> dict[str, Tensor]:
+        seen = by_parameter[parameter]
+        total = sum(found.tokens for found in seen)
+        first = seen[0].values()
+        means = {}
+        for key in first:
+            values = [found.value(key) * (1 if key == "samples" else found.tokens / total) for found in seen]
+            means[key] = torch.cat(values) if key == "samples" else torch.stack(values).sum(0)
+        return means
+
+    return pooled
+
+
+def _kept(block: Block) -> dict[str, Tensor]:
+    """Copies of the parameters that are not quantized."""
+    quantized = {slot.parameter for slot in block.slots.values()}
+    return {name: p.clone() for name, p in block.parameters.items() if name not in quantized}
+
+
+def _changed(work: Work, block: Block, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that a transform changed, in the type that they are written in; the block goes on with these numbers."""
+    changed: dict[str, Tensor] = {}
+    for name, old in before.items():
+        parameter = block.parameters[name]
+        if not torch.equal(parameter, old):
+            full = f"{block.name}.{name}"
+            changed[full] = parameter.to(work.dtypes.get(full, torch.float32)).cpu()
+            parameter.copy_(changed[full])
+    return changed
+
+
+def _insert(block: Block, name: str, q: QTensor) -> float:
+    """Put a quantized matrix into its block; its relative error."""
+    w, found = block.matrix(name), q.dequantize()
+    norm = float(torch.linalg.vector_norm(w))
+    error = float(torch.linalg.vector_norm(found - w))
+    block.put(name, found)
+    return error / norm if norm else 0.0
