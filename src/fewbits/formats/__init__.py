@@ -1,7 +1,8 @@
 """Which numbers a tensor can hold, and which bytes hold them.
 
 FORMATS is the registry: one explicit tuple per file. A new format is one file that ends in such a tuple, and one line
-here; the command line, the tables in the docs and the contract tests take it from there.
+here; the command line, the tables in the docs and the contract tests take it from there. ACTIVATIONS are what the
+inputs of linear layers can be rounded to.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from fewbits.errors import FormatError
+from fewbits.formats.activations import ACTIVATIONS, ActivationFormat, activation_named
 from fewbits.formats.affine import AFFINE, Affine
 from fewbits.formats.base import Arrays, ArraySpec, Format, Group, Grouped, Params, QTensor
 from fewbits.formats.binary import BINARY
@@ -47,7 +49,9 @@ def format_named(name: str) -> Format:
 
 
 __all__ = [
+    "ACTIVATIONS",
     "FORMATS",
+    "ActivationFormat",
     "Affine",
     "ArraySpec",
     "Arrays",
@@ -57,5 +61,6 @@ __all__ = [
     "Grouped",
     "Params",
     "QTensor",
+    "activation_named",
     "format_named",
 ]

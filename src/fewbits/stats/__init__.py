@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from fewbits.stats.collect import Collector, InputStatistics, Site
+from fewbits.stats.observers import OBSERVERS, Observer, observer_named
 
-__all__ = ["Collector", "InputStatistics", "Site"]
+__all__ = ["OBSERVERS", "Collector", "InputStatistics", "Observer", "Site", "observer_named"]

@@ -15,6 +15,9 @@ statistics with `is` can see it.
     samples      some of the x    [S, K]   spread evenly over all tokens
 
 Means are over tokens and accumulated in float32 from sums of one batch each; the Hessian's products are BLAS's.
+
+Where activations are to be quantized with static scales, an observer (`fewbits.stats.observers`) sees each input too;
+matrices that read the same tensor share it, and so they get the same scale, which engines that fuse them rely on.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from fewbits.stats.observers import Observer
 
 STATISTICS = ("importance", "magnitude", "absmax", "hessian", "samples")
 SAMPLES = 512
@@ -45,6 +50,7 @@ class InputStatistics:
 
     wanted: frozenset[str]
     every: int = 1  # of the rows, which go into `samples`
+    observer: Observer | None = None
     tokens: int = 0
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _kept: list[Tensor] = field(default_factory=list)
@@ -58,6 +64,8 @@ class InputStatistics:
                 self._accumulate(name, x)
         if "samples" in self.wanted:
             self._kept.append(x[-self.tokens % self.every :: self.every].clone())
+        if self.observer is not None:
+            self.observer.add(x)
         self.tokens += len(x)
 
     def value(self, name: str) -> Tensor:
@@ -90,16 +98,25 @@ class InputStatistics:
 class Collector(TorchFunctionMode):
     """Within it, the inputs of `parameters` (name -> tensor, 2-D or fused 3-D) are counted.
 
-    tokens: about how many rows will pass in all, so that samples are spread over them.
+    tokens: about how many rows will pass in all, so that samples are spread over them. observer: makes what watches
+    one input, for static scales of activations.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], wanted: Iterable[str], *, tokens: int) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        wanted: Iterable[str],
+        *,
+        tokens: int,
+        observer: Callable[[], Observer] | None = None,
+    ) -> None:
         super().__init__()
         self._wanted = frozenset(wanted)
         unknown = self._wanted - set(STATISTICS)
         if unknown:
             raise ValueError(f"statistics {sorted(unknown)} are not known; there are {', '.join(STATISTICS)}")
         self._every = max(1, tokens // SAMPLES)
+        self._observer = observer
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._sites: dict[Site, InputStatistics] = {}
         self._last: tuple[Tensor, InputStatistics] | None = None
@@ -133,6 +150,9 @@ class Collector(TorchFunctionMode):
         if shared and self._last is not None:
             self._sites.setdefault(site, self._last[1])
             return
-        found = self._sites.setdefault(site, InputStatistics(self._wanted, self._every))
+        found = self._sites.get(site)
+        if found is None:
+            observer = self._observer() if self._observer else None
+            found = self._sites[site] = InputStatistics(self._wanted, self._every, observer)
         found.add(x.reshape(-1, x.shape[-1]))
         self._last = (x, found)
