@@ -34,3 +34,7 @@ class LedgerError(FewbitsError):
 
 class VerificationError(FewbitsError):
     """What stands in the files is not what was meant."""
+
+
+class QualityError(FewbitsError):
+    """The quantized model is further from the original than the stated limit."""

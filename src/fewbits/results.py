@@ -18,7 +18,8 @@ class TensorReport:
 
     name is the tensor's name in the output, source the parameter it was made of. error is the relative error
     ‖w − ŵ‖ / ‖w‖, None unless quantized. reason says why it was kept, tied or dropped. digests maps the name of each
-    array in the output to the SHA-256 of its bytes.
+    array in the output to the SHA-256 of its bytes. transformed: an exact transform rewrote it together with its
+    neighbours, so its numbers are not the source's.
     """
 
     name: str
@@ -31,6 +32,22 @@ class TensorReport:
     error: float | None = None
     reason: str | None = None
     digests: Mapping[str, str] | None = None
+    transformed: bool | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What a run was calibrated on.
+
+    digest: SHA-256 of the tokens. held_out_kld: mean KL divergence from the original, nats per token, on windows that
+    follow the calibration text and were only looked at.
+    """
+
+    text: str
+    tokens: int
+    digest: str
+    held_out_tokens: int
+    held_out_kld: float | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,7 @@ class Quantization:
     seconds: float
     verified_with: str | None
     tensors: tuple[TensorReport, ...]
+    calibration: CalibrationReport | None = None
 
     @property
     def bits_per_weight(self) -> float:

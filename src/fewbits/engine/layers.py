@@ -108,7 +108,7 @@ class LayeredModel:
             return torch.cat(parts)
 
     def run(self, index: int, x: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
-        """What a loaded layer makes of hidden states [B, T, H]; `replaced`: parameters instead of its own, by local name."""
+        """What a loaded layer makes of hidden states [B, T, H], `replaced` in place of its own parameters."""
         if self._calls is None or self._calls[0] != x.shape[1]:
             self._record(x.shape[1])
         assert self._calls is not None

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from fewbits.evals.divergence import kl_divergence
 from fewbits.evals.evaluation import Progress, evaluate
+from fewbits.evals.reference import model_identity
 from fewbits.evals.tasks import run_tasks
 from fewbits.evals.text import Windows, read_windows, self_text
 
-__all__ = ["Progress", "Windows", "evaluate", "read_windows", "run_tasks", "self_text"]
+__all__ = [
+    "Progress",
+    "Windows",
+    "evaluate",
+    "kl_divergence",
+    "model_identity",
+    "read_windows",
+    "run_tasks",
+    "self_text",
+]

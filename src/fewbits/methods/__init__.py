@@ -11,6 +11,7 @@ from fewbits.errors import UnsupportedError
 from fewbits.formats import Format, QTensor, format_named
 from fewbits.methods.base import Finisher, Method, Solver, TensorMethod, Transform
 from fewbits.methods.block import Block
+from fewbits.methods.recipe import Recipe, recipe
 from fewbits.methods.rtn import RTN
 
 METHODS: dict[str, Method] = {method.name: method for method in (*RTN,)}
@@ -22,6 +23,13 @@ def method_named(name: str) -> Method:
         close = get_close_matches(name, METHODS, n=3) or list(METHODS)
         raise UnsupportedError(f"method '{name}' is not known; did you mean {', '.join(close)}? See `fewbits methods`")
     return METHODS[name]
+
+
+def recipe_named(text: str) -> Recipe:
+    """The recipe that a method's name, or several joined by +, stands for. Raises UnsupportedError if there is none."""
+    for name in text.split("+"):
+        method_named(name)
+    return recipe(text, METHODS, RTN[0])
 
 
 @torch.no_grad()
@@ -45,9 +53,11 @@ __all__ = [
     "Block",
     "Finisher",
     "Method",
+    "Recipe",
     "Solver",
     "TensorMethod",
     "Transform",
     "method_named",
     "quantize_tensor",
+    "recipe_named",
 ]

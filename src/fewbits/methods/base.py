@@ -32,6 +32,8 @@ class Method(ABC):
     """One sentence for `fewbits methods`."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Statistics of the inputs that the method cannot do without (see `fewbits.stats`)."""
+    wants: ClassVar[tuple[str, ...]] = ()
+    """Statistics that make it better, where the model runs on calibration text anyway."""
     runs: ClassVar[bool] = False
     """Whether it runs the block on calibration text, beyond what the statistics say."""
 

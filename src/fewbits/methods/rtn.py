@@ -24,6 +24,7 @@ class RoundToNearest(TensorMethod):
     """The nearest code of every number, at searched scales."""
 
     summary: ClassVar[str] = "nearest code, at scales searched for the least squared error"
+    wants: ClassVar[tuple[str, ...]] = ("importance",)
 
     @property
     def name(self) -> str:

@@ -7,41 +7,40 @@ mapped pages count as memory once touched).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-class Activations(Sequence[Tensor]):
+class Activations:
     """Windows [T, H] float32 on the CPU, by index; those of a file are read when asked for."""
 
     def __init__(self, windows: int, length: int, hidden: int, file: Path | None = None) -> None:
-        """file: where to keep them, instead of in memory; it is created, and removed by `close`."""
+        """file: where to keep them instead of in memory; it is created, and removed by `close`."""
         self.shape = (windows, length, hidden)
-        self._path, self._file = file, None if file is None else _opened(file)
-        self._memory = torch.empty(self.shape) if file is None else torch.empty(0)
+        self._path = file
+        self._file = None if file is None else file.open("w+b", buffering=0)
+        self._memory = torch.empty(self.shape if file is None else 0)
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Tensor: ...  # type: ignore[override]
-    def __getitem__(self, index: int | slice) -> Tensor:
-        """One window [T, H], or a run of them [B, T, H]."""
+    def __getitem__(self, index: int) -> Tensor:
+        """One window [T, H]."""
+        return self.span(index, index + 1)[0]
+
+    def span(self, start: int, stop: int) -> Tensor:
+        """Windows [start, stop), [B, T, H]."""
+        stop = min(stop, len(self))
         if self._file is None:
-            return self._memory[index]
-        rows = range(self.shape[0])[index] if isinstance(index, slice) else range(index, index + 1)
-        data = np.empty((len(rows), *self.shape[1:]), np.float32)
-        self._file.seek(rows.start * self._window_bytes)
-        self._file.readinto(memoryview(data).cast("B"))  # type: ignore[attr-defined]
-        found = torch.from_numpy(data)
-        return found if isinstance(index, slice) else found[0]
+            return self._memory[start:stop]
+        data = np.empty((stop - start, *self.shape[1:]), np.float32)
+        self._file.seek(start * self._window_bytes)
+        self._file.readinto(data.view(np.uint8).reshape(-1).data)
+        return torch.from_numpy(data)
 
     def put(self, start: int, states: Tensor) -> None:
         """Replace windows [start, start + B) by states [B, T, H]."""
@@ -50,14 +49,16 @@ class Activations(Sequence[Tensor]):
             self._memory[start : start + len(states)] = states
             return
         self._file.seek(start * self._window_bytes)
-        self._file.write(memoryview(states.numpy()).cast("B"))
+        self._file.write(states.numpy().view(np.uint8).reshape(-1).data)
 
     def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """(first window, [B, T, H]) for all of them."""
         for start in range(0, len(self), size):
-            yield start, self[start : start + size]
+            yield start, self.span(start, start + size)
 
     def close(self) -> None:
+        """Free them; a file is removed."""
+        self._memory = torch.empty(0)
         if self._file is not None and self._path is not None:
             self._file.close()
             self._path.unlink(missing_ok=True)
@@ -65,7 +66,3 @@ class Activations(Sequence[Tensor]):
     @property
     def _window_bytes(self) -> int:
         return self.shape[1] * self.shape[2] * 4
-
-
-def _opened(path: Path) -> BinaryIO:
-    return path.open("w+b", buffering=0)

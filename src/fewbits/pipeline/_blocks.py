@@ -62,27 +62,34 @@ class Streams:
     """The hidden states in front of the next block, of calibration windows ids [n, T].
 
     quantized: behind quantized blocks; original: behind original ones, None where nobody asks for it.
-    folder: where to keep them if they take more than `limit` bytes in all.
     """
 
-    def __init__(self, work: Work, ids: Tensor, *, folder: Path, limit: int, original: bool) -> None:
+    def __init__(
+        self, work: Work, ids: Tensor, *, folder: Path, limit: int, original: bool, held: Tensor | None = None
+    ) -> None:
         self.batch = max(1, BATCH // ids.shape[1])
-        n, length, hidden = *ids.shape, work.model.hidden_size
-        names = ("quantized", "original") if original else ("quantized",)
-        spill = 4 * len(names) * n * length * hidden > limit
-        made = [Activations(n, length, hidden, folder / f"{name}.states" if spill else None) for name in names]
-        self.quantized, self.original = made[0], made[1] if original else None
         self.ids = ids
+        spill = 4 * (1 + original) * ids.numel() * work.model.hidden_size > limit
+        files = [folder / f"{name}.states" if spill else None for name in ("quantized", "original")]
         with work.model.outside():
-            for start in range(0, len(ids), self.batch):
-                states = work.model.embed(ids[start : start + self.batch])
-                for stream in made:
-                    stream.put(start, states)
+            self.quantized = embedded(work.model, ids, self.batch, files[0])
+            self.original = embedded(work.model, ids, self.batch, files[1]) if original else None
+            self.held = None if held is None else embedded(work.model, held, self.batch)
 
     def close(self) -> None:
-        for stream in (self.quantized, self.original):
+        """Free everything, on disk too."""
+        for stream in (self.quantized, self.original, self.held):
             if stream is not None:
                 stream.close()
+
+
+def embedded(model: LayeredModel, ids: Tensor, batch: int, file: Path | None = None) -> Activations:
+    """What the first block reads of windows ids [n, T]."""
+    windows, length = ids.shape
+    stream = Activations(windows, length, model.hidden_size, file)
+    for start in range(0, len(ids), batch):
+        stream.put(start, model.embed(ids[start : start + batch]))
+    return stream
 
 
 @torch.no_grad()
@@ -93,15 +100,15 @@ def solve_block(work: Work, index: int, streams: Streams) -> SolvedBlock:
         advance(block, streams.original, streams.batch)
     kept = _kept(block)
     for transform in work.recipe.transforms:
-        stats = measure(block, transform.needs, streams) if transform.needs else {}
+        stats = measure(block, (*transform.needs, *transform.wants), streams)
         transform.transform(block, local_formats(work, block), stats)
     changed = _changed(work, block, kept)
     solver = work.recipe.solver
-    stats = measure(block, solver.needs, streams) if solver.needs else {}
+    stats = measure(block, (*solver.needs, *solver.wants), streams)
     matrices = solver.quantize_block(block, local_formats(work, block), stats)
     del stats
     errors = {name: _insert(block, name, q) for name, q in matrices.items()}
-    advance(block, streams.quantized, streams.batch)
+    _advance_quantized(block, streams)
     work.model.drop(index)
     return SolvedBlock(matrices, changed, errors)
 
@@ -113,7 +120,7 @@ def replay_block(work: Work, index: int, streams: Streams, solved: SolvedBlock) 
     if streams.original is not None:
         advance(block, streams.original, streams.batch)
     restore(block, solved)
-    advance(block, streams.quantized, streams.batch)
+    _advance_quantized(block, streams)
     work.model.drop(index)
 
 
@@ -158,8 +165,16 @@ def advance(block: Block, stream: Activations, batch: int) -> None:
         stream.put(start, block.run(states.to(block.device)))
 
 
+def _advance_quantized(block: Block, streams: Streams) -> None:
+    for stream in (streams.quantized, streams.held):
+        if stream is not None:
+            advance(block, stream, streams.batch)
+
+
 def measure(block: Block, needs: Sequence[str], streams: Streams) -> dict[str, dict[str, Tensor]]:
     """Statistics of what each matrix of the block reads, with the block as it is now."""
+    if not needs:
+        return {}
     watched = {slot.parameter: block.parameters[slot.parameter] for slot in block.slots.values()}
     collector = Collector(watched, needs, tokens=streams.ids.numel())
     with collector:

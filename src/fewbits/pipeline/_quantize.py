@@ -1,5 +1,8 @@
 """From a checkpoint to a smaller one, told once: open, describe, plan, then stream every tensor through its method.
 
+A method that needs calibration solves the decoder layers first, block after block (`_calibrate`); what it found is then
+streamed with all the rest.
+
 A tensor is read a few rows at a time, quantized, decoded again to measure its error, and written, so memory stays the
 same whatever the model's size. Tensors are spread over threads, largest first: torch's elementwise operations release
 the interpreter's lock, and a part of a million weights stays in the cache from the first operation to the last.
@@ -10,9 +13,10 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event, Lock
@@ -22,16 +26,27 @@ import torch
 
 from fewbits.checkpoint import KINDS, Entry, Kind, Reader, Writer
 from fewbits.errors import FormatError, LedgerError, UnsupportedError, VerificationError
+from fewbits.evals import model_identity
 from fewbits.formats import Float, Format, QTensor
-from fewbits.methods import Method, TensorMethod, method_named
+from fewbits.methods import METHODS, Recipe, TensorMethod, recipe_named
 from fewbits.models import Architecture, Piece, describe, gguf_dropped, gguf_extras, gguf_metadata
+from fewbits.pipeline._calibrate import (
+    Calibration,
+    Overlay,
+    Solved,
+    changed_entries,
+    make_work,
+    read_text,
+    solved_blocks,
+)
 from fewbits.pipeline._estimate import check_room, estimate, source_bytes
+from fewbits.pipeline._journal import Journal
 from fewbits.pipeline._memory import give_back_free_memory
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, read_rows, require_ties, row_step
 from fewbits.pipeline._verify import verify
 from fewbits.plan.rules import Choice, Plan, Rules, parse
 from fewbits.plan.rules import Tensor as PlanTensor
-from fewbits.results import Estimate, Fate, Quantization, TensorReport
+from fewbits.results import CalibrationReport, Estimate, Fate, Quantization, TensorReport
 
 PART = 1 << 20  # weights quantized at a time: 4 MB as FP32, which an L3 cache holds with its temporaries
 TRIMMED = 64  # parts after which free memory goes back to the system
@@ -57,7 +72,9 @@ class Job:
     metadata: Mapping[str, Any]
     extras: Mapping[str, tuple[float, ...]]  # tensors that no parameter of the source holds
     dropped: Mapping[str, str]  # parameters that the file has no need of: name -> reason
-    method: TensorMethod
+    recipe: Recipe
+    method: TensorMethod  # of what is not solved block by block
+    solved: Solved | None = None
 
 
 def quantize(
@@ -65,7 +82,8 @@ def quantize(
     out: str | Path,
     *,
     format: str | Format = "int4-g128",
-    method: str | Method = "rtn",
+    method: str | Recipe = "rtn",
+    calibration: str | Path | Calibration | None = None,
     kind: str | None = None,
     vocabulary: str | Format | None = None,
     overrides: Mapping[str, str | Format] | None = None,
@@ -79,6 +97,9 @@ def quantize(
 
     model: a Hugging Face folder, or a hub name. out: a path that does not exist; a name ending in .gguf makes a GGUF
     file. format: for the matrices; vocabulary: for embeddings and output projection (None: the file type's own rule).
+    method: a name, several joined by + (`rotate+gptq`), or a Recipe. calibration: the text that methods which measure
+    inputs run on, a file or `self` (written by the model; the default for them); a method that can do without takes
+    the errors' importance from it.
     overrides: regular expression -> format (or "keep"), for tensors of the output whose name it is found in.
     kind: a name from `checkpoint.KINDS`, by default the first that holds the format. pretokenizer: llama.cpp's name
     of a pre-tokenizer that fewbits does not know (GGUF only). prove: reopen the files with an
@@ -98,25 +119,71 @@ def quantize(
     )
     began = time.monotonic()
     threads = threads or os.cpu_count() or 1
+    given = calibration if isinstance(calibration, Calibration) else Calibration(calibration or "self")
     need = estimate(job.entries, job.method, threads, PART, decoder=job.kind.decoder if prove else None)
     check_room(job.out, need.disk)
     if announce:
         announce(need, job)
-    reports = run(job, threads, progress)
-    decoder = proven(job, progress) if prove else None
+    with ExitStack() as stack:
+        calibrated = None
+        if calibration is not None or not job.recipe.streams:
+            calibrated = stack.enter_context(calibrate(job, given, progress))
+            job = calibrated.job
+        reports = run(job, threads, progress)
+        decoder = proven(job, progress) if prove else None
+        if calibrated is not None:
+            calibrated.journal.remove()
     return Quantization(
         source=str(job.source),
         output=str(job.out),
         kind=job.kind.name,
         format=parse(format).name,
-        method=job.method.name,
+        method=job.recipe.name,
         source_bytes=source_bytes(job.reader),
         output_bytes=output_bytes(job.out),
         weights=sum(_numel(entry.shape) for entry in job.entries),
         seconds=time.monotonic() - began,
         verified_with=decoder,
         tensors=reports,
+        calibration=None if calibrated is None else calibrated.facts,
     )
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A job whose blocks are solved, and what they were calibrated on."""
+
+    job: Job
+    journal: Journal
+    facts: CalibrationReport
+
+
+@contextmanager
+def calibrate(job: Job, calibration: Calibration, progress: Progress | None) -> Iterator[Calibrated]:
+    """Solve the job's blocks, or go on where a killed run stopped."""
+    windows, held = read_text(job.reader, calibration)
+    work, entries = make_work(job.reader, job.pieces, job.plan, job.recipe, calibration)
+    facts = {
+        "source": model_identity(job.source),
+        "output": {entry.name: entry.format.name for entry in job.entries},
+        "method": repr(job.recipe),
+        "calibration": windows.digest,
+        "versions": {name: version(name) for name in ("fewbits", "torch", "transformers")},
+    }
+    with (
+        Journal(job.out, facts, work.formats) as journal,
+        solved_blocks(work, journal, windows, held, calibration, progress) as solved,
+    ):
+        changed = changed_entries(journal, entries, len(work.model.layers))
+        overlaid = replace(job, solved=solved, reader=Overlay(job.reader, changed) if changed else job.reader)
+        report = CalibrationReport(
+            text=windows.description,
+            tokens=windows.ids.numel(),
+            digest=windows.digest,
+            held_out_tokens=0 if held is None else held.ids.numel(),
+            held_out_kld=solved.divergence,
+        )
+        yield Calibrated(overlaid, journal, report)
 
 
 def proven(job: Job, progress: Progress | None) -> str:
@@ -135,7 +202,7 @@ def prepare(
     out: str | Path,
     *,
     format: str | Format,
-    method: str | Method,
+    method: str | Recipe,
     kind: str | None,
     vocabulary: str | Format | None,
     overrides: Mapping[str, str | Format] | None,
@@ -161,14 +228,16 @@ def prepare(
     if target.name == "gguf":
         metadata, extras = gguf_metadata(reader.config, source, pre=pretokenizer), gguf_extras(reader.config)
         dropped = gguf_dropped(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
-    chosen = method_named(method) if isinstance(method, str) else method
-    if not isinstance(chosen, TensorMethod):
-        raise UnsupportedError(f"method {chosen.name} works on whole blocks, which this pipeline does not stream")
+    recipe = recipe_named(method) if isinstance(method, str) else method
+    streamed = recipe.solver if recipe.streams else METHODS["rtn"]
+    assert isinstance(streamed, TensorMethod)
     entries = (
         *(Entry(piece.name, piece.shape, plan[piece.name].format) for piece in pieces),
         *(Entry(name, (len(values),), FP32) for name, values in extras.items()),
     )
-    return Job(source, out, reader, architecture, target, pieces, plan, entries, metadata, extras, dropped, chosen)
+    return Job(
+        source, out, reader, architecture, target, pieces, plan, entries, metadata, extras, dropped, recipe, streamed
+    )
 
 
 def choose_kind(out: Path, format: Format, kind: str | None) -> Kind:
@@ -217,6 +286,8 @@ def _convert(job: Job, piece: Piece, writer: Writer, meter: _Meter, stop: Event)
     whole = not choice.format.rowwise or not job.method.rowwise
     step = piece.shape[0] if whole and piece.shape else row_step(piece, PART)
     squared_error = squared_norm = 0.0
+    if job.solved is not None and piece.name in job.solved:
+        return _copy(job, job.solved, piece, writer, meter, stop)
     for start in range(0, piece.shape[0] if piece.shape else 1, step):
         if stop.is_set():
             return None
@@ -228,6 +299,21 @@ def _convert(job: Job, piece: Piece, writer: Writer, meter: _Meter, stop: Event)
         squared_error, squared_norm = squared_error + error, squared_norm + norm
     relative = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
     return _report(job, piece, choice, relative, writer.digests[piece.name])
+
+
+def _copy(job: Job, solved: Solved, piece: Piece, writer: Writer, meter: _Meter, stop: Event) -> TensorReport | None:
+    """Write a matrix that was solved block by block."""
+    choice = job.plan[piece.name]
+    step = row_step(piece, PART) if choice.format.rowwise else piece.shape[0]
+    for start in range(0, piece.shape[0], step):
+        if stop.is_set():
+            return None
+        rows = slice(start, min(start + step, piece.shape[0])) if choice.format.rowwise else None
+        part = solved.read(piece.name, rows)
+        writer.write(piece.name, part)
+        meter.add(part.nbytes, piece.name)
+    report = _report(job, piece, choice, solved.error(piece.name), writer.digests[piece.name])
+    return replace(report, method=job.recipe.name, transformed=solved.transformed or None)
 
 
 def _quantized(job: Job, piece: Piece, w: torch.Tensor, format: Format) -> QTensor:
@@ -256,6 +342,8 @@ def _squares(w: torch.Tensor, part: QTensor) -> tuple[float, float]:
 
 def _report(job: Job, piece: Piece, choice: Choice, error: float, digests: Mapping[str, str]) -> TensorReport:
     changed = choice.quantized or error > 0  # a cast to fewer bits is quantization too
+    if not changed and isinstance(job.reader, Overlay) and piece.source in job.reader.changed:
+        return _folded_report(job, piece, choice, digests)
     method = job.method.name if choice.quantized else "cast"
     return TensorReport(
         name=piece.name,
@@ -268,6 +356,20 @@ def _report(job: Job, piece: Piece, choice: Choice, error: float, digests: Mappi
         reason=choice.reason,
         digests=digests,
         source=piece.source,
+    )
+
+
+def _folded_report(job: Job, piece: Piece, choice: Choice, digests: Mapping[str, str]) -> TensorReport:
+    return TensorReport(
+        name=piece.name,
+        fate="kept",
+        shape=piece.shape,
+        format=choice.format.name,
+        nbytes=choice.format.nbytes(piece.shape),
+        reason=f"factors of {job.recipe.name} are folded into it",
+        digests=digests,
+        source=piece.source,
+        transformed=True,
     )
 
 
@@ -315,7 +417,7 @@ def ledger_document(job: Job, ledger: tuple[TensorReport, ...]) -> dict[str, Any
         "fewbits": version("fewbits"),
         "source": str(job.source.name),
         "kind": job.kind.name,
-        "method": job.method.name,
+        "method": job.recipe.name,
         "torch": torch.__version__,
         "tensors": [{key: value for key, value in asdict(report).items() if value is not None} for report in ledger],
     }

@@ -1,0 +1,95 @@
+"""A guard against collapse: held-out text goes along, and a run whose divergence passes a limit stops and says where.
+
+What counts is how far the predictions of the model as it is now (blocks so far quantized, the rest original) are from
+the original's, in nats per token, on windows that nothing is calibrated on. Finding out means running the rest of the
+model on them, so it is done after every eighth of the blocks and after the last one. When a check fails, the blocks
+since the last one are put in again one by one, to name the one that broke it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fewbits.engine import LayeredModel
+from fewbits.errors import QualityError
+from fewbits.evals import kl_divergence
+from fewbits.pipeline._activations import Activations
+
+CHECKS = 8  # over the whole model
+
+Redo = Callable[[int, Activations], None]
+"""Moves a stream behind quantized block `index` once more."""
+
+
+class Guard:
+    """Compares predictions on held-out windows with the original's; the limit is in nats per token.
+
+    Made before the first block is quantized: `held` is what that block reads of the windows, and is left as it is.
+    """
+
+    def __init__(self, model: LayeredModel, held: Activations, limit: float, batch: int) -> None:
+        self._model, self._limit, self._batch = model, limit, batch
+        self._passed, self._last = copied(held), -1  # the stream at the last check, and the block before it
+        self._original = self._rest(held, -1)
+        self.divergence = 0.0  # at the last check
+
+    def check(self, index: int, held: Activations, redo: Redo) -> None:
+        """Compare, if it is time, with blocks up to `index` quantized; `held` is the stream behind them.
+
+        Raises QualityError past the limit, naming the block that passed it.
+        """
+        count = len(self._model.layers)
+        if index < count - 1 and (index + 1) % max(1, count // CHECKS):
+            return
+        divergence = self._divergence(index, held)
+        if not divergence <= self._limit:
+            raise self._broken(index, divergence, redo)
+        self.divergence, self._last = divergence, index
+        self._passed.close()
+        self._passed = copied(held)
+
+    def _broken(self, index: int, divergence: float, redo: Redo) -> QualityError:
+        """The error that names the first of the blocks since the last check that passes the limit."""
+        before = self.divergence
+        for suspect in range(self._last + 1, index):
+            redo(suspect, self._passed)
+            found = self._divergence(suspect, self._passed)
+            if not found <= self._limit:
+                index, divergence = suspect, found
+                break
+            before = found
+        return QualityError(
+            f"{self._model.layers[index]}: once it is quantized the model's predictions on held-out text are "
+            f"{divergence:.3g} nats a token from the original's ({before:.3g} before it), past the limit of "
+            f"{self._limit:g}; take more bits or a better method, keep this block (--override), or raise the limit"
+        )
+
+    @torch.no_grad()
+    def _divergence(self, index: int, held: Activations) -> float:
+        stream, parts = self._rest(held, index), list[Tensor]()
+        with self._model.outside():
+            for (_, ours), (_, theirs) in zip(stream.batches(1), self._original.batches(1), strict=True):
+                logits = [self._model.logits(x.to(self._model.device))[0, :-1] for x in (theirs, ours)]
+                parts.append(kl_divergence(*logits))
+        return float(torch.cat(parts).mean())
+
+    @torch.no_grad()
+    def _rest(self, held: Activations, index: int) -> Activations:
+        """A stream behind block `index`, run through the original blocks after it."""
+        stream = copied(held)
+        for later in range(index + 1, len(self._model.layers)):
+            self._model.load(later)
+            for start, states in stream.batches(self._batch):
+                stream.put(start, self._model.run(later, states.to(self._model.device)))
+            self._model.drop(later)
+        return stream
+
+
+def copied(stream: Activations) -> Activations:
+    copy = Activations(*stream.shape)
+    for start, states in stream.batches(8):
+        copy.put(start, states)
+    return copy
