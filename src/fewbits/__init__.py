@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from fewbits.evals import evaluate
     from fewbits.formats import FORMATS, Format, QTensor, format_named
     from fewbits.methods import METHODS, quantize_tensor
-    from fewbits.pipeline import quantize, verify
+    from fewbits.pipeline import Calibration, quantize, verify
     from fewbits.results import Evaluation, Quantization, TensorReport, Verification
 
 _ROOMS = {
     "FORMATS": "formats",
     "METHODS": "methods",
+    "Calibration": "pipeline",
     "Evaluation": "results",
     "FewbitsError": "errors",
     "Format": "formats",
@@ -47,6 +48,7 @@ _ROOMS = {
 __all__ = [
     "FORMATS",
     "METHODS",
+    "Calibration",
     "Evaluation",
     "FewbitsError",
     "Format",

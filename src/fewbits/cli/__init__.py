@@ -22,7 +22,7 @@ from typing import Any
 
 from fewbits.cli import demo, evaluate, explain, formats, inspect, memory, methods, quantize, verify
 from fewbits.cli._print import EXIT_CODES, console, error, printed
-from fewbits.errors import FewbitsError, VerificationError
+from fewbits.errors import FewbitsError, QualityError, VerificationError
 from fewbits.results import as_json
 
 VERBS = (quantize, verify, evaluate, inspect, formats, methods, memory, explain, demo)
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if getattr(result, "passed", True) else 1
     except FewbitsError as problem:
         _report(problem, as_object=args.json)
-        return 1 if isinstance(problem, VerificationError) else 3
+        return 1 if isinstance(problem, VerificationError | QualityError) else 3
     except KeyboardInterrupt as problem:
         _report(problem, as_object=args.json)
         return 130

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from fewbits.cli._print import count, number, progress_bar, size, table
-from fewbits.results import Estimate, Quantization, TensorReport
+from fewbits.results import CalibrationReport, Estimate, Quantization, TensorReport
 
 if TYPE_CHECKING:
     from fewbits.pipeline._quantize import Job
@@ -28,7 +28,9 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or a hub name when online")
     parser.add_argument("out", metavar="OUT", help="folder to make; a name ending in .gguf makes a GGUF file")
     parser.add_argument("--format", default="int4-g128", help="of the matrices (see `fewbits formats`)")
-    parser.add_argument("--method", default="rtn", help="how codes are chosen (see `fewbits methods`)")
+    parser.add_argument(
+        "--method", default="rtn", help="how codes are chosen (see `fewbits methods`); several are joined by +"
+    )
     parser.add_argument(
         "--vocabulary",
         metavar="FORMAT",
@@ -48,13 +50,49 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="llama.cpp's name of the pre-tokenizer, for a GGUF file whose tokenizer fewbits does not know",
     )
     parser.add_argument("--as", dest="kind", metavar="KIND", help="file type, where OUT and the format leave a choice")
+    _add_calibration(parser.add_argument_group("calibration", "for methods that run the model on text"))
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores (%(default)s here)")
     parser.add_argument("--no-verify", action="store_true", help="do not read the files back with another decoder")
     parser.set_defaults(run=run, show=show)
 
 
+def _add_calibration(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="a .txt or .jsonl file, FILE.parquet:COLUMN, hub:NAME:SPLIT:COLUMN, or self: text that the model writes "
+        "(the default); rtn weighs its errors if this is given",
+    )
+    group.add_argument("--windows", type=int, default=128, help="of text to calibrate on (default %(default)s)")
+    group.add_argument("--length", type=int, default=256, help="tokens in a window (default %(default)s)")
+    group.add_argument("--device", default="cpu", help="where blocks are solved: cpu, cuda (default %(default)s)")
+    group.add_argument(
+        "--states-memory",
+        metavar="GB",
+        type=float,
+        default=4.0,
+        help="hidden states of the windows beyond this go to a file (default %(default)s)",
+    )
+    group.add_argument(
+        "--max-divergence",
+        metavar="NATS",
+        type=float,
+        default=1.0,
+        help="stop where predictions on held-out text are further than this from the original's (default %(default)s)",
+    )
+
+
 def run(args: argparse.Namespace) -> Quantization:
-    from fewbits.pipeline import quantize
+    from fewbits.pipeline import Calibration, quantize
+
+    calibration = Calibration(
+        text=args.calibration or "self",
+        windows=args.windows,
+        length=args.length,
+        device=args.device,
+        memory=int(args.states_memory * 1e9),
+        limit=args.max_divergence,
+    )
 
     with progress_bar() as progress:
         return quantize(
@@ -62,6 +100,8 @@ def run(args: argparse.Namespace) -> Quantization:
             args.out,
             format=args.format,
             method=args.method,
+            calibration=calibration,
+            weigh=args.calibration is not None,
             kind=args.kind,
             vocabulary=args.vocabulary,
             overrides=dict(args.override),
@@ -105,8 +145,15 @@ def show(result: Quantization, console: Console) -> None:
         f"{number(result.bits_per_weight)} bits a weight over {count(result.weights)} weights, "
         f"{number(result.seconds, 3)} s"
     )
+    if result.calibration is not None:
+        console.print(_calibrated(result.calibration), markup=False)
     proof = f"verified with {result.verified_with}" if result.verified_with else "not verified"
     console.print(f"{result.output} ({result.kind}), {proof}", markup=False)
+
+
+def _calibrated(report: CalibrationReport) -> str:
+    found = "" if report.held_out_kld is None else f"; on held-out windows {number(report.held_out_kld, 3)} nats away"
+    return f"calibrated on {report.text} ({count(report.tokens)} tokens, {report.digest[:12]}){found}"
 
 
 def _by_format(tensors: Iterable[TensorReport]) -> list[tuple[str, ...]]:

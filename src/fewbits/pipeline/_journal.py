@@ -47,11 +47,15 @@ class Journal:
             self._lock = (self.folder / LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._require_same_run()
+        except BlockingIOError as error:
+            self._lock.close()
             raise OutputError(
                 f"{self.folder}: another process is making this output; wait for it, or stop it"
             ) from error
-        self._require_same_run()
+        except OutputError:
+            self._lock.close()
+            raise
         return self
 
     def __exit__(

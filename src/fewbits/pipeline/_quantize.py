@@ -84,6 +84,7 @@ def quantize(
     format: str | Format = "int4-g128",
     method: str | Recipe = "rtn",
     calibration: str | Path | Calibration | None = None,
+    weigh: bool | None = None,
     kind: str | None = None,
     vocabulary: str | Format | None = None,
     overrides: Mapping[str, str | Format] | None = None,
@@ -98,8 +99,8 @@ def quantize(
     model: a Hugging Face folder, or a hub name. out: a path that does not exist; a name ending in .gguf makes a GGUF
     file. format: for the matrices; vocabulary: for embeddings and output projection (None: the file type's own rule).
     method: a name, several joined by + (`rotate+gptq`), or a Recipe. calibration: the text that methods which measure
-    inputs run on, a file or `self` (written by the model; the default for them); a method that can do without takes
-    the errors' importance from it.
+    inputs run on, a file or `self` (written by the model; the default for them); weigh: whether a method that
+    can do without runs on it too, to weigh errors by what they do to outputs (None: if a calibration is given).
     overrides: regular expression -> format (or "keep"), for tensors of the output whose name it is found in.
     kind: a name from `checkpoint.KINDS`, by default the first that holds the format. pretokenizer: llama.cpp's name
     of a pre-tokenizer that fewbits does not know (GGUF only). prove: reopen the files with an
@@ -120,13 +121,14 @@ def quantize(
     began = time.monotonic()
     threads = threads or os.cpu_count() or 1
     given = calibration if isinstance(calibration, Calibration) else Calibration(calibration or "self")
+    weigh = calibration is not None if weigh is None else weigh
     need = estimate(job.entries, job.method, threads, PART, decoder=job.kind.decoder if prove else None)
     check_room(job.out, need.disk)
     if announce:
         announce(need, job)
     with ExitStack() as stack:
         calibrated = None
-        if calibration is not None or not job.recipe.streams:
+        if weigh or not job.recipe.streams:
             calibrated = stack.enter_context(calibrate(job, given, progress))
             job = calibrated.job
         reports = run(job, threads, progress)

@@ -1,0 +1,233 @@
+"""Calibrated runs: block after block, resumed where they were stopped, guarded, within a stated memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_model
+
+import fewbits
+from fewbits.errors import OutputError, QualityError, UnsupportedError
+from fewbits.evals import Windows
+from fewbits.pipeline import _calibrate, _quantize
+from fewbits.pipeline._activations import Activations
+
+SMALL = {"windows": 6, "length": 16, "held_out": 2}
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six layers."""
+    folder = tmp_path_factory.mktemp("models") / "deep"
+    save_model(folder, "llama", hidden_size=64, intermediate_size=96, num_hidden_layers=6)
+    return folder
+
+
+def text(windows: int = 8, length: int = 16, seed: int = 0) -> Windows:
+    ids = torch.randint(2, 300, (windows, length), generator=torch.Generator().manual_seed(seed))
+    return Windows(ids, "drawn by lot")
+
+
+def calibration(**changed: Any) -> fewbits.Calibration:
+    return fewbits.Calibration(**{"text": text(), "limit": 100.0, **SMALL, **changed})
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name != "fewbits.json"
+    }
+
+
+def test_the_whole_way(deep: Path, tmp_path: Path) -> None:
+    made = fewbits.quantize(deep, tmp_path / "out", format="int4-g32", calibration=calibration())
+    assert made.calibration is not None
+    assert made.calibration.tokens == 6 * 16
+    assert made.calibration.held_out_tokens == 2 * 16
+    assert made.calibration.digest == Windows(text().ids[:6], "").digest
+    assert fewbits.verify(tmp_path / "out", against=deep).passed
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_what_the_guard_reports_is_what_evaluation_measures(deep: Path, tmp_path: Path) -> None:
+    """The last check's divergence is the divergence of the model in the files, on the same windows."""
+    held = text().ids[6:]
+    made = fewbits.quantize(deep, tmp_path / "out", format="int3-g32", calibration=calibration())
+    original, ours = (fewbits.load(path, packed=False) for path in (deep, tmp_path / "out"))
+    with torch.inference_mode():
+        p, q = (model(input_ids=held).logits[:, :-1].double().log_softmax(-1) for model in (original, ours))
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    assert made.calibration is not None
+    assert made.calibration.held_out_kld == pytest.approx(expected, rel=1e-4)
+
+
+def test_goes_on_where_it_was_stopped(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fewbits.quantize(deep, whole, format="int4-g32", calibration=calibration())
+    solved: list[int] = []
+    solve = _calibrate.solve_block
+
+    def stops_at_four(work: Any, index: int, streams: Any) -> Any:
+        if index == 4 and 4 not in solved:
+            solved.append(4)
+            raise KeyboardInterrupt
+        solved.append(index)
+        return solve(work, index, streams)
+
+    monkeypatch.setattr(_calibrate, "solve_block", stops_at_four)
+    with pytest.raises(KeyboardInterrupt):
+        fewbits.quantize(deep, parts, format="int4-g32", calibration=calibration())
+    assert not parts.exists()
+    assert (tmp_path / "parts.unfinished").is_dir()
+    fewbits.quantize(deep, parts, format="int4-g32", calibration=calibration())
+    assert solved == [0, 1, 2, 3, 4, 4, 5]
+    assert digests(parts) == digests(whole)
+    assert not (tmp_path / "parts.unfinished").exists()
+
+
+COMMAND = """
+import sys, fewbits, torch
+from fewbits.evals import Windows
+ids = torch.randint(2, 300, (8, 16), generator=torch.Generator().manual_seed(0))
+calibration = fewbits.Calibration(text=Windows(ids, "drawn by lot"), windows=6, length=16, held_out=2, limit=100.0)
+print("ready", flush=True)
+fewbits.quantize(sys.argv[1], sys.argv[2], format="int4-g32", calibration=calibration)
+"""
+
+
+def test_killed_at_random_moments(deep: Path, tmp_path: Path) -> None:
+    """kill -9 loses at most the block it hits, and never the output's bytes."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fewbits.quantize(deep, whole, format="int4-g32", calibration=calibration())
+    draw, finished = random.Random(0), 0
+    for _ in range(4):
+        process = _started(deep, parts)
+        time.sleep(draw.uniform(0.05, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if parts.exists():
+            break
+        now = len(list((tmp_path / "parts.unfinished").glob("block-*.safetensors")))
+        assert now >= finished
+        finished = now
+    if not parts.exists():
+        last = _started(deep, parts)
+        last.communicate()
+        assert last.returncode == 0
+    assert digests(parts) == digests(whole)
+    assert not (tmp_path / "parts.unfinished").exists()
+
+
+def _started(model: Path, out: Path) -> subprocess.Popen[str]:
+    """A process that is about to quantize."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(model), str(out)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_another_run_is_not_mixed_in(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(_quantize, "changed_entries", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            fewbits.quantize(deep, out, format="int4-g32", calibration=calibration())
+    with pytest.raises(OutputError, match="another calibration"):
+        fewbits.quantize(deep, out, format="int4-g32", calibration=calibration(text=text(seed=1)))
+    with pytest.raises(OutputError, match="another output"):
+        fewbits.quantize(deep, out, format="int3-g32", calibration=calibration())
+    facts = json.loads((tmp_path / "out.unfinished" / "run.json").read_text())
+    assert facts["calibration"] == Windows(text().ids[:6], "").digest
+
+
+def _stop(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_two_at_once_are_refused(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, solve = tmp_path / "out", _calibrate.solve_block
+
+    def meanwhile(work: Any, index: int, streams: Any) -> Any:
+        monkeypatch.setattr(_calibrate, "solve_block", solve)
+        with pytest.raises(OutputError, match="another process"):
+            fewbits.quantize(deep, out, format="int4-g32", calibration=calibration())
+        return solve(work, index, streams)
+
+    monkeypatch.setattr(_calibrate, "solve_block", meanwhile)
+    fewbits.quantize(deep, out, format="int4-g32", calibration=calibration())
+
+
+def test_the_guard_names_the_block(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block with a far worse format is the one that is named, also where the next check comes after the last."""
+    overrides = {r"layers\.3\.": "int2"}
+    for checks in (6, 1):
+        monkeypatch.setattr("fewbits.pipeline._guard.CHECKS", checks)
+        with pytest.raises(QualityError, match=r"model\.layers\.3: once it is quantized"):
+            fewbits.quantize(
+                deep,
+                tmp_path / f"out{checks}",
+                format="int8",
+                overrides=overrides,
+                calibration=calibration(limit=1e-3),
+            )
+        assert not (tmp_path / f"out{checks}").exists()
+
+
+def test_a_limit_that_is_passed_stops_the_run(deep: Path, tmp_path: Path) -> None:
+    with pytest.raises(QualityError, match=r"model\.layers\.0.*past the limit of 0\.001"):
+        fewbits.quantize(deep, tmp_path / "out", format="int2-g32", calibration=calibration(limit=0.001))
+    assert not (tmp_path / "out").exists()
+
+
+def test_states_on_disk_give_the_same_bytes(deep: Path, tmp_path: Path) -> None:
+    for name, memory in (("in-memory", 1 << 30), ("on-disk", 0)):
+        fewbits.quantize(deep, tmp_path / name, format="int4-g32", calibration=calibration(memory=memory))
+    assert digests(tmp_path / "in-memory") == digests(tmp_path / "on-disk")
+
+
+def test_one_window_is_enough(deep: Path, tmp_path: Path) -> None:
+    made = fewbits.quantize(deep, tmp_path / "out", format="int4-g32", calibration=calibration(text=text(windows=1)))
+    assert made.calibration is not None
+    assert made.calibration.held_out_kld is None
+
+
+def test_nothing_to_calibrate(deep: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no matrix that is to be quantized"):
+        fewbits.quantize(deep, tmp_path / "out", format="fp16", calibration=calibration())
+
+
+def test_gguf(tied: Path, tmp_path: Path) -> None:
+    """Rows of queries and keys change places in GGUF; what was solved must follow."""
+    out = tmp_path / "out.gguf"
+    fewbits.quantize(tied, out, format="q4_0", calibration=calibration())
+    assert fewbits.verify(out, against=tied, logits=False).passed
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_activations_hold_what_was_put(tmp_path: Path, on_disk: bool) -> None:
+    states = torch.randn(5, 3, 4)
+    kept = Activations(5, 3, 4, tmp_path / "states" if on_disk else None)
+    for start in (3, 0):
+        kept.put(start, states[start : start + 3])
+    assert torch.equal(kept.span(0, 5), states)
+    assert torch.equal(kept[4], states[4])
+    assert [(start, len(batch)) for start, batch in kept.batches(2)] == [(0, 2), (2, 2), (4, 1)]
+    kept.close()
+    assert not (tmp_path / "states").exists()
