@@ -53,7 +53,7 @@ class LayeredModel:
         placed, unexpected = placements(self._model, weights, self._expected)
         refuse_unexpected(self._model, unexpected)
         self._placements = placed
-        self._calls: tuple[int, list[dict[str, Any]]] | None = None
+        self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._in_use = 0  # callers that need what lies outside of the layers
         self._tuples = False  # whether this architecture's layers return tuples
 
@@ -91,28 +91,24 @@ class LayeredModel:
     def embed(self, ids: Tensor) -> Tensor:
         """What the first layer reads, float32 [B, T, H], for token ids [B, T]."""
         with self.outside(), torch.no_grad():
-            self._record(ids.shape[1])
             caught: list[Tensor] = []
 
             def stub(x: Tensor, *_: Any, **__: Any) -> Tensor:
                 caught.append(x)
-                raise _FirstLayerReached
+                raise _Enough
 
             with self._stubs([stub]):
                 parts = []
                 for row in ids.split(1):
                     try:
                         self._model(input_ids=row.to(self.device), use_cache=False)
-                    except _FirstLayerReached:
+                    except _Enough:
                         parts.append(caught.pop())
             return torch.cat(parts)
 
     def run(self, index: int, x: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
         """What a loaded layer makes of hidden states [B, T, H], `replaced` in place of its own parameters."""
-        if self._calls is None or self._calls[0] != x.shape[1]:
-            self._record(x.shape[1])
-        assert self._calls is not None
-        arguments = self._calls[1][index]
+        arguments = self._arguments(x.shape[0], x.shape[1])[index]
         out = torch.func.functional_call(self._layers[index], dict(replaced or {}), (x,), arguments)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden
@@ -145,18 +141,18 @@ class LayeredModel:
 
         return stub
 
-    def _record(self, length: int) -> None:
-        """Let the model call stubs, and keep how it calls each."""
-        if self._calls is not None and self._calls[0] == length:
-            return
+    def _arguments(self, batch: int, length: int) -> list[dict[str, Any]]:
+        """How the model calls each layer, besides the hidden states, for an input of this shape."""
+        if (batch, length) in self._calls:
+            return self._calls[batch, length]
         for self._tuples in (False, True):
-            calls = self._recorded(length)
+            calls = self._recorded(batch, length)
             if calls is not None:
-                self._calls = (length, calls)
-                return
+                self._calls[batch, length] = calls
+                return calls
         raise UnsupportedError(f"{self._reader.path}: its layers cannot be run one by one; use rtn")
 
-    def _recorded(self, length: int) -> list[dict[str, Any]] | None:
+    def _recorded(self, batch: int, length: int) -> list[dict[str, Any]] | None:
         """How each layer is called; None if the model does not go on from what the stubs return."""
         calls: list[dict[str, Any]] = []
         shapes: list[torch.Size] = []
@@ -169,12 +165,16 @@ class LayeredModel:
                 )
             calls.append({key: value for key, value in kwargs.items() if key != "past_key_values"})
             shapes.append(x.shape)
+            if len(calls) == len(self._layers):
+                raise _Enough
             return (x,) if self._tuples else x
 
         with self.outside(), self._stubs([stub] * len(self._layers)), torch.no_grad():
-            ids = torch.zeros(1, length, dtype=torch.int64, device=self.device)
+            ids = torch.zeros(batch, length, dtype=torch.int64, device=self.device)
             try:
                 self._model(input_ids=ids, use_cache=False)
+            except _Enough:
+                pass
             except (TypeError, AttributeError, IndexError, ValueError, RuntimeError):
                 if self._tuples:
                     raise
@@ -227,8 +227,8 @@ class LayeredModel:
             module._parameters[leaf] = nn.Parameter(torch.empty_like(shape, device="meta"), requires_grad=False)
 
 
-class _FirstLayerReached(Exception):  # noqa: N818  # no error: it ends a run early
-    """Ends a run of the model once its first layer has been called."""
+class _Enough(Exception):  # noqa: N818  # no error: it only ends a run
+    """Ends a run of the model once what follows is of no interest."""
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
