@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint import Entry, Kind
-from fewbits.formats import Float, Format, QTensor
+from fewbits.formats import ActivationFormat, Float, Format, QTensor
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 
@@ -30,8 +30,8 @@ def rows_of(q: QTensor, rows: slice) -> QTensor:
     return QTensor(q.format, q.codes[rows], {key: p[rows] for key, p in q.params.items()})
 
 
-def entries_of(tensors: Mapping[str, QTensor]) -> list[Entry]:
-    return [Entry(name, q.shape, q.format) for name, q in tensors.items()]
+def entries_of(tensors: Mapping[str, QTensor], inputs: Mapping[str, ActivationFormat] | None = None) -> list[Entry]:
+    return [Entry(name, q.shape, q.format, (inputs or {}).get(name)) for name, q in tensors.items()]
 
 
 def write(
@@ -42,9 +42,13 @@ def write(
     source: Path | None = None,
     config: Mapping[str, Any] = CONFIG,
     rows: int | None = None,
+    inputs: Mapping[str, ActivationFormat] | None = None,
 ) -> dict[str, dict[str, str]]:
-    """Write a checkpoint, `rows` rows at a time where the format allows it; the digests."""
-    with kind.create(path, entries_of(tensors), source or path.parent, config) as writer:
+    """Write a checkpoint, `rows` rows at a time where the format allows it; the digests.
+
+    inputs: entry -> what its inputs are rounded to.
+    """
+    with kind.create(path, entries_of(tensors, inputs), source or path.parent, config) as writer:
         for name, q in tensors.items():
             if rows is None or not q.format.rowwise or not q.shape:
                 writer.write(name, q)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fewbits.checkpoint.activations import CACHE_SCALES, cache_scales, input_scale, is_scale
 from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
 from fewbits.checkpoint.compressed_tensors import CompressedTensors
 from fewbits.checkpoint.fewbits import Fewbits
@@ -63,4 +64,15 @@ def _files(path: Path) -> list[Path]:
     return [p for p in path.iterdir() if p.is_file()] if path.is_dir() else []
 
 
-__all__ = ["KINDS", "Entry", "Kind", "Reader", "Writer", "open_checkpoint"]
+__all__ = [
+    "CACHE_SCALES",
+    "KINDS",
+    "Entry",
+    "Kind",
+    "Reader",
+    "Writer",
+    "cache_scales",
+    "input_scale",
+    "is_scale",
+    "open_checkpoint",
+]

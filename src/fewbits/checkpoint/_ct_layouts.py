@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import CheckpointError
-from fewbits.formats import Affine, ArraySpec, Format, Grouped, QTensor
+from fewbits.formats import ACTIVATIONS, ActivationFormat, Affine, ArraySpec, Format, Grouped, QTensor
 from fewbits.formats._bits import pack_bits, unpack_bits, words
 from fewbits.formats.minifloat import Fp8, MxFp4, NvFp4
 
@@ -22,6 +22,9 @@ Read: TypeAlias = Callable[[str, slice | None], Tensor]
 LOCALS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape")
 SCALES = (torch.float32, torch.float16, torch.bfloat16)
 STRATEGIES = {"row": "channel", "tensor": "tensor"}
+TYPES = {"int8": "int", "fp8": "float"}
+DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+"""What the library takes the arguments of activations to be where the configuration leaves them out."""
 BLOCK = 32  # rows whose zero-points fill whole words at any width
 
 
@@ -345,6 +348,33 @@ def layout_for(what: str, group: Mapping[str, Any], scale: torch.dtype) -> Layou
                 f"{what}: stored as {name} with {dict(weights)}, which fewbits does not read; "
                 "start from the floating-point original"
             )
+
+
+def activation_arguments(format: ActivationFormat | None) -> dict[str, Any] | None:
+    """The `input_activations` of a config group, or the `kv_cache_scheme`."""
+    if format is None:
+        return None
+    return {
+        "num_bits": 8,
+        "type": TYPES[format.element],
+        "symmetric": True,
+        "strategy": "token" if format.scope == "token" else "tensor",
+        "dynamic": not format.static,
+        "group_size": None,
+        "block_structure": None,
+        "actorder": None,
+        "observer": None,
+        "observer_kwargs": {},
+    }
+
+
+def activation_format(arguments: Any) -> ActivationFormat | None:
+    """The inverse of `activation_arguments`; None for what is none of our formats."""
+    if not isinstance(arguments, Mapping):
+        return None
+    stated = DEFAULTS | {key: arguments[key] for key in DEFAULTS if arguments.get(key) is not None}
+    declared = ((format, activation_arguments(format) or {}) for format in ACTIVATIONS.values())
+    return next((format for format, known in declared if {key: known[key] for key in DEFAULTS} == stated), None)
 
 
 def _matrix(where: str, array: str, read: Callable[[str], Tensor]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from fewbits.errors import UnsupportedError
-from fewbits.formats import Format, QTensor
+from fewbits.formats import ActivationFormat, Format, QTensor
 
 FOREIGN_PART = 1 << 22  # numbers that an independent decoder is asked for at a time
 
@@ -33,11 +33,16 @@ def row_slabs(shape: tuple[int, ...], numbers: int, multiple: int = 1) -> Iterat
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint: its name in that checkpoint, its logical shape and its format."""
+    """One tensor of a checkpoint: its name in that checkpoint, its logical shape and its format.
+
+    inputs: of a linear layer's weight, what its inputs are rounded to, None if they are not. Of a static scale, which
+    is an entry too (see `activations`), the format that it is the scale of.
+    """
 
     name: str
     shape: tuple[int, ...]
     format: Format
+    inputs: ActivationFormat | None = None
 
     @property
     def weights(self) -> int:

@@ -16,6 +16,10 @@ scheme it targets the class `Linear` and lists the modules that stay in floating
 scheme targets its modules by name, compacted to regular expressions. Sources: compressors/ and quantization/ of
 compressed-tensors 0.19.
 
+Where inputs are rounded too, the group says so under `input_activations`, and a static scale is `M.input_scale`; the
+key-value cache has `kv_cache_scheme` and `A.k_scale`, `A.v_scale` of each attention (`activations`). Of what others
+write there, whatever fewbits cannot multiply (zero-points, groups, inputs of experts) is left out with a warning.
+
 What the layouts cannot say is refused: groups that do not divide in_features (the library raises), zero-points or
 global scales of mixture-of-experts weights (transformers drops them when it fuses the experts), embeddings (a target
 `Linear` does not match them, and engines look rows up in floating point).
@@ -27,11 +31,12 @@ fused experts in the type of their scales; all else it decodes, in a float32 mod
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -45,25 +50,33 @@ from fewbits.checkpoint._ct_foreign import decoded_by_the_library
 from fewbits.checkpoint._ct_layouts import Layout
 from fewbits.checkpoint._ct_targets import compact
 from fewbits.checkpoint._writer import FolderWriter
+from fewbits.checkpoint.activations import (
+    CACHE_SCALES,
+    EMBEDDING,
+    EXPERT,
+    WEIGHT,
+    activation_trouble,
+    cache_format,
+    input_scale,
+)
 from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
 from fewbits.checkpoint.huggingface import float_trouble, require_admitted
 from fewbits.errors import CheckpointError
-from fewbits.formats import ArraySpec, Float, QTensor
+from fewbits.formats import ActivationFormat, Affine, ArraySpec, Float, QTensor
+from fewbits.formats.minifloat import Fp8
 
 METHOD = "compressed-tensors"
-WEIGHT = ".weight"
 OUTPUTS = ("lm_head", "lm_head.decoder", "cls.predictions.decoder")
 """Names of output projections: a tied one has no entry, yet is a Linear that must not be taken for quantized."""
 ACTIVATION_ARRAYS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "k_scale", "v_scale")
 
-_EXPERT = re.compile(r"\.experts\.\d+\.")
-_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|[^.]*embed(?!_out)[^.]*)\.weight$")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CompressedTensors(Kind):
-    """int8_layout: how INT8 per row is stored. Engines take pack-quantized for weights alone; INT8 per tensor is always
-    int-quantized, because they have no packed path for it.
+    """int8_layout: how INT8 per row is stored, where only weights are quantized. Engines take pack-quantized for that.
+    INT8 per tensor, and INT8 with rounded inputs, are always int-quantized: engines have no packed path for them.
     """
 
     int8_layout: Literal["pack-quantized", "int-quantized"] = "pack-quantized"
@@ -82,10 +95,13 @@ class CompressedTensors(Kind):
         return CompressedReader(path)
 
     def admits(self, entry: Entry) -> str | None:
+        trouble = activation_trouble(entry)
         if isinstance(entry.format, Float):
-            return float_trouble(entry)
-        trouble = _name_trouble(entry) or layouts.trouble(entry.format, entry.shape)
-        if trouble is None and _EXPERT.search(entry.name):
+            return f"{entry.name}: {trouble}" if trouble else float_trouble(entry)
+        trouble = (
+            trouble or _name_trouble(entry) or layouts.trouble(entry.format, entry.shape) or _inputs_trouble(entry)
+        )
+        if trouble is None and EXPERT.search(entry.name):
             trouble = self._layout(entry).expert_trouble()
         return f"{entry.name}: {trouble}" if trouble else None
 
@@ -98,7 +114,8 @@ class CompressedTensors(Kind):
         return decoded_by_the_library(path)
 
     def _layout(self, entry: Entry) -> Layout:
-        return layouts.layout_of(entry.format, int8_layout=self.int8_layout)
+        int8_layout = self.int8_layout if entry.inputs is None else "int-quantized"
+        return layouts.layout_of(entry.format, int8_layout=int8_layout)
 
 
 class CompressedWriter(FolderWriter):
@@ -136,8 +153,12 @@ class CompressedWriter(FolderWriter):
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         modules = {name.removesuffix(WEIGHT): layout for name, layout in self._layouts.items()}
+        inputs = {entry.name.removesuffix(WEIGHT): entry.inputs for entry in self._entries}
+        cache = cache_format({entry.name: entry for entry in self._entries})
         plain = super().config(config)
-        return plain | {"quantization_config": quantization_config(modules, self._matrices)} if modules else plain
+        if not modules and cache is None:
+            return plain
+        return plain | {"quantization_config": quantization_config(modules, self._matrices, inputs, cache)}
 
 
 class CompressedReader(Reader):
@@ -146,11 +167,15 @@ class CompressedReader(Reader):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / CONFIG)
-        self._groups = _groups(path, _quantization(self.config))
+        quantization = _quantization(self.config)
+        self._groups = _groups(path, quantization)
+        self._cache = self._cache_scheme(quantization.get("kv_cache_scheme"))
         for key in ("quantization_config", "compression_config"):
             self.config.pop(key, None)
         self._folder = ArrayFolder(path)
         self._layouts: dict[str, Layout] = {}
+        self._inputs: dict[int, ActivationFormat | None] = {}
+        self._warned: set[int] = set()
         self.entries = self._find_entries()
 
     def read(self, name: str, rows: slice | None = None) -> QTensor:
@@ -180,7 +205,56 @@ class CompressedReader(Reader):
                     entries[name] = self._quantized(module)
             elif local not in ACTIVATION_ARRAYS:
                 entries[array] = Entry(array, located.shape, Float(located.dtype))
-        return entries
+        scales = (scale for entry in entries.values() if (scale := input_scale(entry)) is not None)
+        return entries | {scale.name: self._scale(scale.name, scale.inputs) for scale in scales} | self._cache_scales()
+
+    def _cache_scales(self) -> dict[str, Entry]:
+        if self._cache is None:
+            return {}
+        found = {name: self._scale(name, self._cache) for name in self._folder.arrays if name.endswith(CACHE_SCALES)}
+        if not found:
+            raise CheckpointError(
+                f"{self.path}: config.json has a kv_cache_scheme, but the files have no {' or '.join(CACHE_SCALES)}; "
+                "download all shards, or remove the scheme"
+            )
+        return found
+
+    def _scale(self, name: str, inputs: ActivationFormat | None) -> Entry:
+        found = self._folder.located(name)
+        if math.prod(found.shape) != 1 or found.dtype not in layouts.SCALES:
+            raise CheckpointError(
+                f"{found.file}: '{name}' is {found.dtype} {list(found.shape)}, must be one floating-point number; "
+                "the file is damaged or of another version"
+            )
+        return Entry(name, found.shape, Float(found.dtype), inputs)
+
+    def _read_scheme(self, arguments: Any, what: str) -> ActivationFormat | None:
+        """The activation format that the configuration declares; None where there is none, or none of ours."""
+        found = layouts.activation_format(arguments) if arguments else None
+        if arguments and found is None:
+            log.warning("%s: %s is rounded to %s, which fewbits does not do", self.path, what, arguments)
+        return found
+
+    def _cache_scheme(self, arguments: Any) -> ActivationFormat | None:
+        found = self._read_scheme(arguments, "the key-value cache")
+        if found is None or found.static:
+            return found
+        log.warning("%s: the key-value cache stays in floating point: %s has no stored scales", self.path, found)
+        return None
+
+    def _with_inputs(self, entry: Entry, group: Mapping[str, Any]) -> Entry:
+        """The entry with what its group says of inputs; warns once for a group where that is not done."""
+        what = f"the input of {', '.join(group['targets'])}"
+        if id(group) not in self._inputs:
+            self._inputs[id(group)] = self._read_scheme(group.get("input_activations"), what)
+        marked = replace(entry, inputs=self._inputs[id(group)])
+        trouble = activation_trouble(marked)
+        if trouble is None:
+            return marked
+        if id(group) not in self._warned:
+            log.warning("%s: %s stays in floating point: %s", self.path, what, trouble)
+            self._warned.add(id(group))
+        return entry
 
     def _quantized(self, module: str) -> Entry:
         name = module + WEIGHT
@@ -200,7 +274,7 @@ class CompressedReader(Reader):
         for array, spec in _named(name, layout.arrays(shape)).items():
             self._require(array, spec, layout)
         self._layouts[name] = layout
-        return Entry(name, shape, layout.format)
+        return self._with_inputs(Entry(name, shape, layout.format), group)
 
     def _require(self, name: str, spec: ArraySpec, layout: Layout) -> None:
         found = self._folder.located(name)
@@ -214,33 +288,57 @@ class CompressedReader(Reader):
             )
 
 
-def quantization_config(modules: Mapping[str, Layout], matrices: Iterable[str]) -> dict[str, Any]:
-    """The `quantization_config` of these quantized modules; `matrices` names every module with a 2-D weight."""
+def quantization_config(
+    modules: Mapping[str, Layout],
+    matrices: Iterable[str],
+    inputs: Mapping[str, ActivationFormat | None],
+    cache: ActivationFormat | None,
+) -> dict[str, Any]:
+    """The `quantization_config` of these quantized modules.
+
+    matrices: every module with a 2-D weight. inputs: module -> what its inputs are rounded to; cache: keys and values.
+    """
     groups: dict[str, list[str]] = defaultdict(list)
     for module, layout in modules.items():
-        groups[json.dumps({"weights": layout.weights(), "format": layout.compression})].append(module)
+        rounded = layouts.activation_arguments(inputs.get(module))
+        scheme = {"weights": layout.weights(), "input_activations": rounded, "format": layout.compression}
+        groups[json.dumps(scheme)].append(module)
     # transformers takes the experts' scheme from the first group whose expressions mention them.
-    ordered = sorted(groups, key=lambda scheme: not any(_EXPERT.search(f"{m}.") for m in groups[scheme]))
+    ordered = sorted(groups, key=lambda scheme: not any(EXPERT.search(f"{m}.") for m in groups[scheme]))
     targets = [["Linear"]] if len(groups) == 1 else compact([groups[scheme] for scheme in ordered])
     compressions = {layout.compression for layout in modules.values()}
     return {
         "quant_method": METHOD,
-        "format": compressions.pop() if len(compressions) == 1 else "mixed-precision",
+        "format": _overall(compressions),
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": {"targets": target, "input_activations": None, "output_activations": None}
-            | json.loads(scheme)
+            f"group_{i}": {"targets": target, "output_activations": None} | json.loads(scheme)
             for i, (scheme, target) in enumerate(zip(ordered, targets, strict=True))
         },
         "ignore": [name for name in dict.fromkeys((*matrices, *OUTPUTS)) if name not in modules],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": layouts.activation_arguments(cache),
         "global_compression_ratio": None,
         "version": version("compressed-tensors"),
     }
 
 
+def _overall(compressions: set[str]) -> str:
+    """The format of all groups; `dense` where there is none, and the cache alone is quantized."""
+    return next(iter(compressions), "dense") if len(compressions) < 2 else "mixed-precision"
+
+
+def _inputs_trouble(entry: Entry) -> str | None:
+    symmetric_int8 = isinstance(entry.format, Affine) and entry.format.bits == 8 and entry.format.symmetric
+    if entry.inputs is None or symmetric_int8 or isinstance(entry.format, Fp8):
+        return None
+    return (
+        f"engines multiply {entry.inputs} inputs by symmetric 8-bit weights, not {entry.format}; choose int8 or "
+        "fp8-e4m3, or write fewbits instead"
+    )
+
+
 def _name_trouble(entry: Entry) -> str | None:
-    if _EMBEDDING.search(entry.name):
+    if EMBEDDING.search(entry.name):
         return "compressed-tensors keeps embeddings in floating point; keep it, or write gguf or fewbits instead"
     if len(entry.shape) != 2 or not entry.name.endswith(WEIGHT):
         return (

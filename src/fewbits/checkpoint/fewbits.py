@@ -5,6 +5,8 @@ stands in the metadata of the file that holds it, under the key `fewbits`, so a 
 
     {"entries": {"model.layers.0.mlp.up_proj.weight": {"format": "int4-g128", "shape": [8192, 2048]},
                  "model.norm.weight": {"dtype": "BF16", "shape": [2048]}, …}}
+
+and `"inputs": "int8-token"` where a layer's inputs are rounded too (`activations`).
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from torch import Tensor
 
 from fewbits.checkpoint._arrays import CONFIG, DTYPES, NAMES, ArrayFolder, first_metadata, read_json
 from fewbits.checkpoint._writer import FolderWriter
+from fewbits.checkpoint.activations import activation_trouble
 from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
 from fewbits.checkpoint.huggingface import float_trouble, require_admitted
 from fewbits.errors import CheckpointError, FormatError
-from fewbits.formats import ArraySpec, Float, Format, QTensor, format_named
+from fewbits.formats import ActivationFormat, ArraySpec, Float, Format, QTensor, activation_named, format_named
 
 KEY = "fewbits"
 METHOD = "fewbits"  # quantization_config.quant_method, so that other programs say what they cannot load
@@ -40,6 +43,9 @@ class Fewbits(Kind):
         return FewbitsReader(path)
 
     def admits(self, entry: Entry) -> str | None:
+        trouble = activation_trouble(entry)
+        if trouble is not None:
+            return f"{entry.name}: {trouble}"
         if isinstance(entry.format, Float):
             return float_trouble(entry)
         try:
@@ -119,18 +125,23 @@ class FewbitsWriter(FolderWriter):
 
 def _declaration(entry: Entry) -> dict[str, Any]:
     """What a file says of an entry. Floats go by their type, because `int8` is also the name of a format."""
-    if isinstance(entry.format, Float):
-        return {"dtype": NAMES[entry.format.dtype], "shape": list(entry.shape)}
-    return {"format": entry.format.name, "shape": list(entry.shape)}
+    known = entry.format
+    format = {"dtype": NAMES[known.dtype]} if isinstance(known, Float) else {"format": known.name}
+    inputs = {} if entry.inputs is None else {"inputs": entry.inputs.name}
+    return {**format, "shape": list(entry.shape), **inputs}
 
 
 def _declared(path: Path, manifest: str) -> list[Entry]:
     try:
         entries = json.loads(manifest)["entries"]
-        return [Entry(name, tuple(facts["shape"]), _format(facts)) for name, facts in entries.items()]
+        return [Entry(name, tuple(facts["shape"]), _format(facts), _inputs(facts)) for name, facts in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError, FormatError) as error:
         raise CheckpointError(f"{path}: the list of entries in a file's metadata is damaged ({error!r})") from error
 
 
 def _format(facts: Mapping[str, Any]) -> Format:
     return Float(DTYPES[facts["dtype"]]) if "dtype" in facts else format_named(facts["format"])
+
+
+def _inputs(facts: Mapping[str, Any]) -> ActivationFormat | None:
+    return activation_named(facts["inputs"]) if "inputs" in facts else None

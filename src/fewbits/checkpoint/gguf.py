@@ -75,6 +75,11 @@ class Gguf(Kind):
     def admits(self, entry: Entry) -> str | None:
         if len(entry.name.encode()) > NAME_BYTES:
             return f"{entry.name}: llama.cpp reads names of at most {NAME_BYTES} bytes"
+        if entry.inputs is not None:
+            return (
+                f"{entry.name}: a GGUF file cannot say that inputs are rounded to {entry.inputs} (llama.cpp decides "
+                "that itself); write compressed-tensors or fewbits instead"
+            )
         if not 1 <= len(entry.shape) <= 4:
             return f"{entry.name}: GGUF holds 1 to 4 dimensions, not {list(entry.shape)}"
         if ggml_type(entry.format) is None:

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from fewbits.checkpoint._arrays import CONFIG, NAMES, ArrayFolder, read_json, safetensors_in
 from fewbits.checkpoint._writer import FolderWriter
+from fewbits.checkpoint.activations import require_scales
 from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import ArraySpec, Float, QTensor
+
+OTHERS = "write compressed-tensors or fewbits instead"
 
 
 class HuggingFace(Kind):
@@ -30,6 +33,8 @@ class HuggingFace(Kind):
         return FloatReader(path)
 
     def admits(self, entry: Entry) -> str | None:
+        if entry.inputs is not None:
+            return f"{entry.name}: a {self.name} folder cannot say that inputs are rounded to {entry.inputs}; {OTHERS}"
         if isinstance(entry.format, Float):
             return float_trouble(entry)
         return (
@@ -98,8 +103,9 @@ def float_trouble(entry: Entry) -> str | None:
 
 
 def require_admitted(kind: Kind, entries: Sequence[Entry]) -> None:
-    """Raise UnsupportedError with the kind's sentence on the first entry it cannot hold."""
+    """Raise UnsupportedError with the kind's sentence on the first entry it cannot hold, or if a scale is missing."""
     for entry in entries:
         trouble = kind.admits(entry)
         if trouble is not None:
             raise UnsupportedError(trouble)
+    require_scales(entries)

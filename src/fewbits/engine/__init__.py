@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from fewbits.engine.cache import attentions, watched_caches
 from fewbits.engine.layers import LayeredModel
 from fewbits.engine.loading import load
 from fewbits.engine.skeleton import is_causal
 from fewbits.engine.weights import open_weights
 
-__all__ = ["LayeredModel", "is_causal", "load", "open_weights"]
+__all__ = ["LayeredModel", "attentions", "is_causal", "load", "open_weights", "watched_caches"]

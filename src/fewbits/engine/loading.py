@@ -4,6 +4,8 @@ The model is built without weights (`skeleton`); each entry of the checkpoint fi
 table of renamings (old names, a missing or superfluous prefix, experts that lie one by one on disk and fused in the
 model); then entries are read one at a time, straight into their place. A quantized matrix swaps its layer for a
 quantized one. What transformers fuses, or computes in a layer of its own making, has no packed form and is decoded.
+Where the checkpoint says that inputs are rounded as well, the layer does that and multiplies codes, and where it has
+scales for the key-value cache, what goes into the cache is rounded (`cache`): the model runs as engines run it.
 """
 
 from __future__ import annotations
@@ -20,15 +22,28 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from fewbits.checkpoint import CACHE_SCALES, is_scale
+from fewbits.engine.cache import round_cache
 from fewbits.engine.skeleton import skeleton
 from fewbits.engine.weights import Weight, open_weights
 from fewbits.errors import CheckpointError, UnsupportedError
-from fewbits.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear, can_replace, replace
+from fewbits.nn import (
+    PackedWeight,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    W8A8Linear,
+    can_replace,
+    replace,
+    replace_w8a8,
+)
 
 log = logging.getLogger(__name__)
 
 RECOMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 """Entries of old checkpoints that are computed nowadays."""
+
+
+KEYS, VALUES = CACHE_SCALES
 
 
 def load(
@@ -42,7 +57,8 @@ def load(
 
     dtype: of the parameters that are not quantized, and of all arithmetic.
     packed: keep quantized matrices packed and decode them at every use, so that memory is about the file's size.
-        False decodes them once: as fast, and as large, as the original model.
+        False decodes them once: as fast, and as large, as the original model. Layers that round their inputs keep
+        their 8-bit weights either way.
     Raises CheckpointError where an entry is missing, unexpected or of the wrong shape, UnsupportedError for an
     architecture that transformers does not have.
     """
@@ -52,7 +68,7 @@ def load(
     _fill(model, weights, _Target(dtype, torch.device(device), packed))
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    if any(isinstance(module, PackedWeight) for module in model.modules()):
+    if any(isinstance(module, PackedWeight | W8A8Linear) for module in model.modules()):
         setattr(model, "save_pretrained", _refuse_saving)  # noqa: B010  # mypy forbids the plain assignment
     return model.to(torch.device(device))  # type: ignore[arg-type,no-any-return]  # the decorator hides the signature
 
@@ -82,7 +98,8 @@ class Placement:
 
 def _fill(model: PreTrainedModel, weights: Mapping[str, Weight], target: _Target) -> None:
     expected = dict(model.state_dict())
-    placed, unexpected = placements(model, weights, expected)
+    scales = {name: weight for name, weight in weights.items() if is_scale(weight.entry)}
+    placed, unexpected = placements(model, {n: w for n, w in weights.items() if n not in scales}, expected)
     refuse_unexpected(model, unexpected)
     wide = _kept_in_float32(model, target.dtype)
     filled: set[str] = set()
@@ -100,6 +117,7 @@ def _fill(model: PreTrainedModel, weights: Mapping[str, Weight], target: _Target
             decoded.append(placement.target)
     if decoded:
         log.info("decoded to %s, having no packed form in transformers: %s", target.dtype, _listed(decoded))
+    _round_caches(model, scales, placed)
     filled |= tie_parameters(model, filled)
     _refuse_missing(model, expected.keys() - filled)
 
@@ -133,6 +151,9 @@ def _pack_into(model: nn.Module, placement: Placement, dtype: torch.dtype, targe
     """Swap the parameter's layer for a quantized one, if the entry and the layer allow it."""
     module_name, _, leaf = placement.target.rpartition(".")
     _, weight = placement.sources[0]
+    if weight.entry.inputs is not None:
+        _multiply_in(model, placement, dtype, target)
+        return True
     if not (target.packed and weight.quantized and placement.conversion is None and leaf == "weight"):
         return False
     if not can_replace(model.get_submodule(module_name)):
@@ -140,6 +161,36 @@ def _pack_into(model: nn.Module, placement: Placement, dtype: torch.dtype, targe
     _require_shape(placement.target, weight.entry.shape, model.get_parameter(placement.target).shape)
     replace(model, module_name, weight.packed(dtype, target.device))
     return True
+
+
+def _multiply_in(model: nn.Module, placement: Placement, dtype: torch.dtype, target: _Target) -> None:
+    """Swap the parameter's layer for one that rounds its input. Raises UnsupportedError if it cannot be."""
+    module_name, _, leaf = placement.target.rpartition(".")
+    _, weight = placement.sources[0]
+    if placement.conversion is not None or leaf != "weight":
+        raise UnsupportedError(
+            f"{placement.target}: its inputs are to be rounded to {weight.entry.inputs}, but it is fused with others "
+            "in the running model; quantize its weight alone"
+        )
+    _require_shape(placement.target, weight.entry.shape, model.get_parameter(placement.target).shape)
+    replace_w8a8(model, module_name, weight.multiplied(dtype, target.device))
+
+
+def _round_caches(model: nn.Module, scales: Mapping[str, Weight], placed: Iterable[Placement]) -> None:
+    """Let each attention that has scales round its keys and values.
+
+    The attention is found by a weight inside of it, since the model may know it by another name than the file.
+    """
+    for name in (name for name in scales if name.endswith(KEYS)):
+        attention = name.removesuffix(KEYS)
+        inside = next((p for p in placed if p.sources[0][1].entry.name.startswith(f"{attention}.")), None)
+        keys, others = scales[name], scales.get(attention + VALUES)
+        if inside is None or others is None or keys.entry.inputs is None:
+            raise CheckpointError(f"{name}: belongs to no attention with {attention}{VALUES}; the file is damaged")
+        local = inside.sources[0][1].entry.name.removeprefix(attention)
+        module = model.get_submodule(inside.target.rsplit(".", local.count("."))[0])
+        k_scale, v_scale = (scale.numbers(torch.float32, torch.device("cpu")) for scale in (keys, others))
+        round_cache(module, keys.entry.inputs, k_scale, v_scale)
 
 
 def values(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fewbits.checkpoint import Entry, Reader, open_checkpoint
+from fewbits.checkpoint import Entry, Reader, input_scale, open_checkpoint
 from fewbits.engine.skeleton import configuration
-from fewbits.formats import Float
+from fewbits.formats import Float, QTensor
 from fewbits.models import Restored, from_gguf
-from fewbits.nn import PackedWeight
+from fewbits.nn import PackedWeight, W8A8Linear
 
 SLAB = 1 << 20
 """Weights read at a time: 4 MB of float32, and what decoding takes beside it."""
@@ -64,6 +64,17 @@ class Weight:
             arrays = {name: array[order] for name, array in arrays.items()}
         return PackedWeight(format, shape, arrays, dtype).to(device)
 
+    def multiplied(self, dtype: torch.dtype, device: torch.device) -> W8A8Linear:
+        """A linear layer, without bias, of a weight whose inputs are rounded too."""
+        assert self.entry.inputs is not None
+        parts = [self.reader.read(self.entry.name, rows) for rows in self._slabs()]
+        codes = torch.cat([part.codes for part in parts])
+        params = {key: torch.cat([part.params[key] for part in parts]) for key in parts[0].params}
+        scale = input_scale(self.entry)
+        static = None if scale is None else self.reader.read(scale.name).dequantize()
+        layer = W8A8Linear(QTensor(self.entry.format, codes, params), self.entry.inputs, static, dtype=dtype)
+        return layer.to(device)
+
     def _slabs(self) -> Iterator[slice | None]:
         """Slices of rows; None for all at once, where the format allows nothing else."""
         shape = self.entry.shape
@@ -82,6 +93,8 @@ class Weight:
 
 def open_weights(path: Path) -> tuple[PretrainedConfig, dict[str, Weight]]:
     """The configuration of a checkpoint of any kind, and its weights by the names that transformers knows them by.
+
+    Static scales of activations are among them.
 
     Raises CheckpointError or UnsupportedError for what cannot be opened.
     """

@@ -3,5 +3,14 @@
 from __future__ import annotations
 
 from fewbits.nn.modules import PackedWeight, QuantizedEmbedding, QuantizedLinear, can_replace, replace
+from fewbits.nn.w8a8 import W8A8Linear, replace_w8a8
 
-__all__ = ["PackedWeight", "QuantizedEmbedding", "QuantizedLinear", "can_replace", "replace"]
+__all__ = [
+    "PackedWeight",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "W8A8Linear",
+    "can_replace",
+    "replace",
+    "replace_w8a8",
+]
