@@ -59,9 +59,9 @@ class Block(Grouped):
 
     def plain(self, w: Tensor) -> tuple[Tensor, Params]:
         self.check(tuple(w.shape))
-        codes, params = self.plain_groups(self._grouped(w.float()))
+        codes, params = self.plain_groups(self.grouped(w.float()))
         require_finite(w, params, self.name)
-        return self._ungrouped(codes, w.shape), params
+        return self.ungrouped(codes, w.shape), params
 
     @abstractmethod
     def to_fields(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ class Block(Grouped):
         """The inverse of to_fields."""
 
     def pack(self, codes: Tensor, params: Params) -> Arrays:
-        parts = self.to_fields(self._grouped(codes), params)
+        parts = self.to_fields(self.grouped(codes), params)
         blocks = torch.cat([parts[name] for name, _ in self.fields], dim=-1)
         return {"blocks": blocks.flatten(-2)}
 

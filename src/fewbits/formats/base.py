@@ -179,20 +179,20 @@ class Grouped(Format):
 
     def fit(self, w: Tensor, importance: Tensor | None = None, *, search: bool = False) -> Params:
         self.check(tuple(w.shape))
-        x = self._grouped(w.float().contiguous())  # sums must not depend on strides
+        x = self.grouped(w.float().contiguous())  # sums must not depend on strides
         if importance is not None:
-            importance = self._grouped(importance.float().expand(w.shape))
+            importance = self.grouped(importance.float().expand(w.shape))
         elif self._padding(w.shape[-1]):
-            importance = self._grouped(torch.ones_like(w, dtype=torch.float32))
+            importance = self.grouped(torch.ones_like(w, dtype=torch.float32))
         params = self.fit_groups(x, importance, search=search)
         require_finite(w, params, self.name)
         return params
 
     def round(self, w: Tensor, params: Params) -> Tensor:
-        return self._ungrouped(self.round_at(self._grouped(w.float()), _unsqueezed(params)), w.shape)
+        return self.ungrouped(self.round_at(self.grouped(w.float()), _unsqueezed(params)), w.shape)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        return self._ungrouped(self.decode_at(self._grouped(codes), _unsqueezed(params)), codes.shape)
+        return self.ungrouped(self.decode_at(self.grouped(codes), _unsqueezed(params)), codes.shape)
 
     def least_error(self, x: Tensor, candidates: Sequence[Params], importance: Tensor | None) -> Params:
         """For every group of x (grouped view) the candidate with the least squared error; a tie goes to the first.
@@ -229,7 +229,8 @@ class Grouped(Format):
     def _padding(self, in_features: int) -> int:
         return -in_features % self.group if isinstance(self.group, int) else 0
 
-    def _grouped(self, w: Tensor) -> Tensor:
+    def grouped(self, w: Tensor) -> Tensor:
+        """The grouped view [..., g] of w [..., N, K], padded with zeros where the last group is ragged."""
         match self.group:
             case "tensor":
                 return w.reshape(*w.shape[:-2], 1, 1, -1)
@@ -240,7 +241,8 @@ class Grouped(Format):
                 padded = torch.nn.functional.pad(w, (0, padding)) if padding else w
                 return padded.reshape(*w.shape[:-1], -1, self.group)
 
-    def _ungrouped(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def ungrouped(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `grouped` for a tensor of this shape."""
         if self.group == "tensor":
             return x.reshape(shape)
         return x.flatten(-2)[..., : shape[-1]].contiguous()
