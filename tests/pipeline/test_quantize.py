@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import fewbits
 from fewbits.checkpoint import KINDS, open_checkpoint
 from fewbits.errors import CheckpointError, FormatError, LedgerError, OutputError, UnsupportedError
-from fewbits.pipeline import _quantize as pipeline
+from fewbits.pipeline import _job as pipeline
 from fewbits.pipeline._verify import read_ledger
 
 
@@ -78,7 +78,7 @@ def test_threads_do_not_change_a_byte(llama: Path, tmp_path: Path) -> None:
 
 def test_parts_do_not_change_a_byte(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fewbits.quantize(llama, tmp_path / "whole.gguf", format="q4_0")
-    monkeypatch.setattr("fewbits.pipeline._quantize.PART", 5 * 128)
+    monkeypatch.setattr("fewbits.pipeline._stream.PART", 5 * 128)
     fewbits.quantize(llama, tmp_path / "parts.gguf", format="q4_0")
     whole, parts = ((tmp_path / n).read_bytes() for n in ("whole.gguf", "parts.gguf"))
     assert whole == parts
@@ -197,7 +197,7 @@ class TestBadInput:
     def test_bad_numbers_are_counted_over_all_parts(
         self, mutable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("fewbits.pipeline._quantize.PART", 10 * 128)
+        monkeypatch.setattr("fewbits.pipeline._stream.PART", 10 * 128)
         weights = load_file(mutable / "model.safetensors")
         weights["model.layers.0.mlp.up_proj.weight"][50:100, 3] = float("nan")
         save_file(weights, mutable / "model.safetensors", metadata={"format": "pt"})

@@ -16,7 +16,7 @@ from fewbits.cli._print import count, number, progress_bar, size, table
 from fewbits.results import CalibrationReport, Estimate, Quantization, TensorReport
 
 if TYPE_CHECKING:
-    from fewbits.pipeline._quantize import Job
+    from fewbits.pipeline._job import Job
 
 
 def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

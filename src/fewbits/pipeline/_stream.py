@@ -1,0 +1,228 @@
+"""Every tensor from the source through its method into the file, a part at a time, and its line in the ledger.
+
+A tensor is read a few rows at a time, quantized, decoded again to measure its error, and written, so memory stays the
+same whatever the model's size. Tensors are spread over threads, largest first: torch's elementwise operations release
+the interpreter's lock, and a part of a million weights stays in the cache from the first operation to the last.
+Matrices that were solved block by block are copied from the journal.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from threading import Event, Lock
+from typing import Any
+
+import torch
+
+from fewbits.checkpoint import Writer
+from fewbits.errors import FormatError, LedgerError
+from fewbits.formats import Float, Format, QTensor
+from fewbits.models import Piece
+from fewbits.pipeline._calibrate import Overlay, Solved
+from fewbits.pipeline._job import FP32, Job
+from fewbits.pipeline._memory import give_back_free_memory
+from fewbits.pipeline._source import read_rows, row_step
+from fewbits.plan.rules import Choice
+from fewbits.results import Fate, TensorReport
+
+PART = 1 << 20  # weights quantized at a time: 4 MB as FP32, which an L3 cache holds with its temporaries
+TRIMMED = 64  # parts after which free memory goes back to the system
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, label) as work goes on."""
+
+
+def run(job: Job, threads: int, progress: Progress | None) -> tuple[TensorReport, ...]:
+    """Stream every piece into the output and commit it with its ledger."""
+    with job.kind.create(job.out, job.entries, job.source, job.metadata) as writer:
+        for name, values in job.extras.items():
+            writer.write(name, QTensor(FP32, torch.tensor(values), {}))
+        reports = stream(job, writer, threads, progress)
+        reports |= {name: _extra_report(job, writer, name) for name in job.extras}
+        ledger = account(job, reports)
+        writer.commit(ledger_document(job, ledger))
+    return ledger
+
+
+def stream(job: Job, writer: Writer, threads: int, progress: Progress | None) -> dict[str, TensorReport]:
+    """Quantize and write all pieces on `threads` threads. The first error stops them all."""
+    stop, meter = Event(), _Meter(sum(entry.nbytes for entry in job.entries), progress)
+    largest_first = sorted(job.pieces, key=lambda piece: _numel(piece.shape), reverse=True)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        tasks = [pool.submit(_convert, job, piece, writer, meter, stop) for piece in largest_first]
+        try:
+            done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
+        except KeyboardInterrupt:
+            stop.set()
+            raise
+        if any(task.exception() for task in done):
+            stop.set()
+    reports = [task.result() for task in tasks]
+    return {report.name: report for report in reports if report is not None}
+
+
+def _convert(job: Job, piece: Piece, writer: Writer, meter: _Meter, stop: Event) -> TensorReport | None:
+    choice = job.plan[piece.name]
+    whole = not choice.format.rowwise or not job.method.rowwise
+    step = piece.shape[0] if whole and piece.shape else row_step(piece, PART)
+    squared_error = squared_norm = 0.0
+    if job.solved is not None and piece.name in job.solved:
+        return _copy(job, job.solved, piece, writer, meter, stop)
+    for start in range(0, piece.shape[0] if piece.shape else 1, step):
+        if stop.is_set():
+            return None
+        w = read_rows(job.reader, piece, start, min(start + step, piece.shape[0] if piece.shape else 1))
+        part = _quantized(job, piece, w, choice.format)
+        writer.write(piece.name, part)
+        meter.add(part.nbytes, piece.name)
+        error, norm = _squares(w, part)
+        squared_error, squared_norm = squared_error + error, squared_norm + norm
+    relative = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+    return _report(job, piece, choice, relative, writer.digests[piece.name])
+
+
+def _copy(job: Job, solved: Solved, piece: Piece, writer: Writer, meter: _Meter, stop: Event) -> TensorReport | None:
+    """Write a matrix that was solved block by block."""
+    choice = job.plan[piece.name]
+    step = row_step(piece, PART) if choice.format.rowwise else piece.shape[0]
+    for start in range(0, piece.shape[0], step):
+        if stop.is_set():
+            return None
+        rows = slice(start, min(start + step, piece.shape[0])) if choice.format.rowwise else None
+        part = solved.read(piece.name, rows)
+        writer.write(piece.name, part)
+        meter.add(part.nbytes, piece.name)
+    report = _report(job, piece, choice, solved.error(piece.name), writer.digests[piece.name])
+    return replace(report, method=job.recipe.name, transformed=solved.transformed or None)
+
+
+def _quantized(job: Job, piece: Piece, w: torch.Tensor, format: Format) -> QTensor:
+    try:
+        if isinstance(format, Float):
+            params = format.fit(w)
+            return QTensor(format, format.round(w, params), params)
+        return job.method.quantize(w.float(), format, {})
+    except FormatError as error:
+        raise FormatError(f"{piece.name}: {_not_finite(job, piece) or error}") from error
+
+
+def _not_finite(job: Job, piece: Piece) -> str | None:
+    """How many numbers of the whole tensor are NaN or Inf, as a sentence; None if all is well."""
+    total, step = _numel(piece.shape), row_step(piece, PART)
+    starts = range(0, piece.shape[0] if piece.shape else 1, step)
+    bad = sum(int((~read_rows(job.reader, piece, i, i + step).isfinite()).sum()) for i in starts)
+    return f"{bad} of {total} weights are NaN or Inf; repair the source checkpoint first" if bad else None
+
+
+def _squares(w: torch.Tensor, part: QTensor) -> tuple[float, float]:
+    """‖w − ŵ‖² and ‖w‖²."""
+    norm = torch.linalg.vector_norm
+    return float(norm(part.dequantize().sub_(w))) ** 2, float(norm(w, dtype=torch.float32)) ** 2
+
+
+def _report(job: Job, piece: Piece, choice: Choice, error: float, digests: Mapping[str, str]) -> TensorReport:
+    changed = choice.quantized or error > 0  # a cast to fewer bits is quantization too
+    if not changed and isinstance(job.reader, Overlay) and piece.source in job.reader.changed:
+        return _folded_report(job, piece, choice, digests)
+    method = job.method.name if choice.quantized else "cast"
+    return TensorReport(
+        name=piece.name,
+        fate="quantized" if changed else "kept",
+        shape=piece.shape,
+        format=choice.format.name,
+        nbytes=choice.format.nbytes(piece.shape),
+        method=method if changed else None,
+        error=error if changed else None,
+        reason=choice.reason,
+        digests=digests,
+        source=piece.source,
+    )
+
+
+def _folded_report(job: Job, piece: Piece, choice: Choice, digests: Mapping[str, str]) -> TensorReport:
+    return TensorReport(
+        name=piece.name,
+        fate="kept",
+        shape=piece.shape,
+        format=choice.format.name,
+        nbytes=choice.format.nbytes(piece.shape),
+        reason=f"factors of {job.recipe.name} are folded into it",
+        digests=digests,
+        source=piece.source,
+        transformed=True,
+    )
+
+
+def account(job: Job, reports: Mapping[str, TensorReport]) -> tuple[TensorReport, ...]:
+    """The ledger: the outputs in file order, then the parameters that are in none, with the reason.
+
+    Raises LedgerError if a parameter of the source is nowhere.
+    """
+    written = [reports[entry.name] for entry in job.entries]
+    used = defaultdict(list)
+    for report in written:
+        used[report.source].append(report.name)
+    absent = {name: f"shares the weights of {other}" for name, other in job.architecture.tied.items()}
+    unwritten = [_absent_report(name, "tied", why) for name, why in absent.items() if name not in used]
+    unwritten += [_absent_report(n, "dropped", why) for n, why in job.dropped.items() if n not in absent]
+    lost = job.reader.entries.keys() - used.keys() - {report.name for report in unwritten}
+    if lost:
+        raise LedgerError(
+            f"{len(lost)} parameters of {job.source} have no place in the output, the first is {min(lost)}; "
+            f"{job.kind.name} files of this architecture cannot hold them"
+        )
+    return (*written, *unwritten)
+
+
+def _absent_report(name: str, fate: Fate, reason: str) -> TensorReport:
+    return TensorReport(name=name, fate=fate, shape=(), format="", nbytes=0, reason=reason, source=name)
+
+
+def _extra_report(job: Job, writer: Writer, name: str) -> TensorReport:
+    return TensorReport(
+        name=name,
+        fate="kept",
+        shape=(len(job.extras[name]),),
+        format=FP32.name,
+        nbytes=4 * len(job.extras[name]),
+        source="config.json",
+        reason="computed from the configuration",
+        digests=writer.digests[name],
+    )
+
+
+def ledger_document(job: Job, ledger: tuple[TensorReport, ...]) -> dict[str, Any]:
+    """fewbits.json."""
+    return {
+        "fewbits": version("fewbits"),
+        "source": str(job.source.name),
+        "kind": job.kind.name,
+        "method": job.recipe.name,
+        "torch": torch.__version__,
+        "tensors": [{key: value for key, value in asdict(report).items() if value is not None} for report in ledger],
+    }
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+class _Meter:
+    """Counts bytes from several threads, passes the sum on, and sees to it that memory stays flat meanwhile."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._done, self._progress, self._lock = total, 0, progress, Lock()
+        self._parts = 0
+
+    def add(self, nbytes: int, label: str) -> None:
+        with self._lock:
+            self._done += nbytes
+            self._parts += 1
+            if self._progress:
+                self._progress(self._done, self._total, label)
+        if self._parts % TRIMMED == 0:
+            give_back_free_memory()
