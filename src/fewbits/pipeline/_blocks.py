@@ -24,7 +24,7 @@ from fewbits.methods.block import Block
 from fewbits.methods.recipe import Recipe
 from fewbits.models import Slot
 from fewbits.pipeline._activations import Activations
-from fewbits.stats import Collector, InputStatistics, Site
+from fewbits.stats import Collector, InputStatistics, Recorder, Site
 
 BATCH = 2048  # tokens that run through a block at a time
 
@@ -96,8 +96,6 @@ def embedded(model: LayeredModel, ids: Tensor, batch: int, file: Path | None = N
 def solve_block(work: Work, index: int, streams: Streams) -> SolvedBlock:
     """Quantize a block and move the streams behind it."""
     block = open_block(work, index, streams)
-    if streams.original is not None:
-        advance(block, streams.original, streams.batch)
     kept = _kept(block)
     for transform in work.recipe.transforms:
         stats = measure(block, (*transform.needs, *transform.wants), streams)
@@ -105,6 +103,8 @@ def solve_block(work: Work, index: int, streams: Streams) -> SolvedBlock:
     changed = _changed(work, block, kept)
     solver = work.recipe.solver
     stats = measure(block, (*solver.needs, *solver.wants), streams)
+    if streams.original is not None:  # a transformed block returns what it returned before
+        advance(block, streams.original, streams.batch)
     matrices = solver.quantize_block(block, local_formats(work, block), stats)
     del stats
     errors = {name: _insert(block, name, q) for name, q in matrices.items()}
@@ -177,8 +177,12 @@ def measure(block: Block, needs: Sequence[str], streams: Streams) -> dict[str, d
         return {}
     watched = {slot.parameter: block.parameters[slot.parameter] for slot in block.slots.values()}
     collector = Collector(watched, needs, tokens=streams.ids.numel())
-    with collector:
-        for _, states in streams.quantized.batches(streams.batch):
+    for start, states in streams.quantized.batches(streams.batch):
+        if "cross" in needs and streams.original is not None:
+            with Recorder(watched) as recorder:
+                block.run(streams.original.span(start, start + len(states)).to(block.device))
+            collector.originals = recorder.inputs
+        with collector:
             block.run(states.to(block.device))
     sites = collector.statistics()
     pooled = _pooled(sites)

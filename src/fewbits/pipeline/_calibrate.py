@@ -159,7 +159,7 @@ def solved_blocks(
 def needs_original(recipe: Recipe) -> bool:
     """Whether a method compares with what the original's blocks return."""
     methods = (*recipe.transforms, recipe.solver)
-    return any(method.runs or "cross" in method.needs for method in methods)
+    return any(method.runs or "cross" in (*method.needs, *method.wants) for method in methods)
 
 
 def _solve_all(

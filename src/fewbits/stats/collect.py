@@ -12,6 +12,7 @@ statistics with `is` can see it.
     magnitude    mean of |x|      [K]      what AWQ and SmoothQuant scale by
     absmax       largest |x|      [K]
     hessian      mean of x·xᵀ     [K, K]   half the second derivative of the squared error of a layer's output
+    cross        mean of x'·xᵀ    [K, K]   x' what the original model's matrix reads at the same token
     samples      some of the x    [S, K]   spread evenly over all tokens
 
 Means are over tokens and accumulated in float32 from sums of one batch each; the Hessian's products are BLAS's.
@@ -32,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from fewbits.stats.observers import Observer
 
-STATISTICS = ("importance", "magnitude", "absmax", "hessian", "samples")
+STATISTICS = ("importance", "magnitude", "absmax", "hessian", "cross", "samples")
 SAMPLES = 512
 """Rows kept of each input where `samples` are asked for."""
 
@@ -56,9 +57,12 @@ class InputStatistics:
     _kept: list[Tensor] = field(default_factory=list)
     _cached: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, x: Tensor) -> None:
-        """Count rows x [T, K]."""
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Count rows x [T, K]; original: the same tokens' rows in the original model, for `cross`."""
         x = x.detach().float()
+        if "cross" in self.wanted and original is not None:
+            total = self._sums.setdefault("cross", x.new_zeros(x.shape[1], x.shape[1]))
+            total.addmm_(original.T, x)
         for name in ("importance", "magnitude", "absmax", "hessian"):
             if name in self.wanted:
                 self._accumulate(name, x)
@@ -75,7 +79,8 @@ class InputStatistics:
         return self._cached[name]
 
     def values(self) -> dict[str, Tensor]:
-        return {name: self.value(name) for name in STATISTICS if name in self.wanted}
+        seen = self._sums.keys() | ({"samples"} if self._kept else set())
+        return {name: self.value(name) for name in STATISTICS if name in seen}
 
     def _value(self, name: str) -> Tensor:
         if name == "samples":
@@ -99,7 +104,9 @@ class Collector(TorchFunctionMode):
     """Within it, the inputs of `parameters` (name -> tensor, 2-D or fused 3-D) are counted.
 
     tokens: about how many rows will pass in all, so that samples are spread over them. observer: makes what watches
-    one input, for static scales of activations.
+    one input, for static scales of activations. `originals` holds what the original model's matrices read in the batch
+    that is about to run, by site, where `cross` is wanted; experts have none, because the same tokens may be routed
+    elsewhere in the two models.
     """
 
     def __init__(
@@ -117,6 +124,7 @@ class Collector(TorchFunctionMode):
             raise ValueError(f"statistics {sorted(unknown)} are not known; there are {', '.join(STATISTICS)}")
         self._every = max(1, tokens // SAMPLES)
         self._observer = observer
+        self.originals: Mapping[Site, Tensor] = {}
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._sites: dict[Site, InputStatistics] = {}
         self._last: tuple[Tensor, InputStatistics] | None = None
@@ -127,7 +135,7 @@ class Collector(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
             x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-            site = self._site(weight)
+            site = _site(self._names, weight)
             if site is not None:
                 self._count(site, x)
         return func(*args, **kwargs)
@@ -136,14 +144,6 @@ class Collector(TorchFunctionMode):
         """What was seen, by site; an expert that no token came to has no entry."""
         self._last = None
         return self._sites
-
-    def _site(self, weight: Tensor) -> Site | None:
-        if id(weight) in self._names:
-            return Site(self._names[id(weight)])
-        base = weight._base
-        if base is None or id(base) not in self._names or base.dim() != 3:
-            return None
-        return Site(self._names[id(base)], weight.storage_offset() // base.stride(0))
 
     def _count(self, site: Site, x: Tensor) -> None:
         shared = self._last is not None and self._last[0] is x
@@ -154,5 +154,35 @@ class Collector(TorchFunctionMode):
         if found is None:
             observer = self._observer() if self._observer else None
             found = self._sites[site] = InputStatistics(self._wanted, self._every, observer)
-        found.add(x.reshape(-1, x.shape[-1]))
+        found.add(x.reshape(-1, x.shape[-1]), self.originals.get(site))
         self._last = (x, found)
+
+
+class Recorder(TorchFunctionMode):
+    """Within it, what 2-D `parameters` read is kept in `inputs`, [T, K] by site; those that read the same share it."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in parameters.items() if parameter.dim() == 2}
+        self.inputs: dict[Site, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+            site = _site(self._names, weight)
+            if site is not None:
+                self.inputs[site] = x.detach().float().reshape(-1, x.shape[-1])
+        return func(*args, **kwargs)
+
+
+def _site(names: Mapping[int, str], weight: Tensor) -> Site | None:
+    """Which of some parameters (by identity) a weight is, or is a slice of; None if it is none of them."""
+    if id(weight) in names:
+        return Site(names[id(weight)])
+    base = weight._base
+    if base is None or id(base) not in names or base.dim() != 3:
+        return None
+    return Site(names[id(base)], weight.storage_offset() // base.stride(0))
