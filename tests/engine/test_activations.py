@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fewbits.checkpoint import KINDS, Entry, cache_scales, input_scale, open_checkpoint
@@ -224,8 +227,6 @@ def test_scales_of_no_attention_are_refused(llama, tmp_path):
     with pytest.raises(UnsupportedError, match="Linear has scales for a key-value cache"):
         round_cache(torch.nn.Linear(2, 2), ACTIVATIONS["int8-static"], torch.ones(1), torch.ones(1))
     folder = quantize(llama, tmp_path / "out", None, "int8-static")
-    from safetensors.torch import load_file, save_file
-
     arrays = load_file(folder / "model.safetensors")
     arrays["elsewhere.k_scale"] = torch.ones(1)
     save_file(arrays, folder / "model.safetensors")
@@ -242,9 +243,6 @@ def test_a_model_that_rounds_its_inputs_cannot_be_saved_as_something_else(llama,
 def test_layers_that_cannot_round_their_input_are_refused(llama, tmp_path):
     """A file of the own kind that says so of an embedding: nothing may be left out in silence."""
     folder = quantize(llama, tmp_path / "out", "int8-token", kind="fewbits")
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     with safe_open(folder / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     declared = json.loads(metadata["fewbits"])
@@ -256,3 +254,30 @@ def test_layers_that_cannot_round_their_input_are_refused(llama, tmp_path):
     save_file(arrays, folder / "model.safetensors", metadata | {"fewbits": json.dumps(declared)})
     with pytest.raises(UnsupportedError, match=r"embed_tokens is a Embedding; only a plain Linear can round"):
         load(folder)
+
+
+def test_planted_outliers_cost_what_per_channel_factors_would_save(llama, tmp_path):
+    """One channel of a norm 64 times as large, the next layers' columns as much smaller: the same model in FP32.
+
+    Powers of two, so not one bit of its predictions may change. In the inputs the one channel takes the levels from
+    all others; in the weights only its own column has few left. Moving factors back is what SmoothQuant does.
+    """
+    planted = tmp_path / "planted"
+    shutil.copytree(llama, planted)
+    arrays = load_file(planted / "model.safetensors")
+    for layer in range(2):
+        prefix = f"model.layers.{layer}."
+        arrays[f"{prefix}post_attention_layernorm.weight"][3] *= 64
+        for name in ("gate_proj", "up_proj"):
+            arrays[f"{prefix}mlp.{name}.weight"][:, 3] /= 64
+    save_file(arrays, planted / "model.safetensors", {"format": "pt"})
+    original = logits(load(llama))
+    assert torch.equal(logits(load(planted)), original)
+    inputs, weights = {}, {}
+    for source in (llama, planted):
+        folder = quantize(source, tmp_path / f"{source.name}-int8", "int8-token")
+        decoded = logits(load_decoded(folder))
+        weights[source] = noise(decoded, original)
+        inputs[source] = noise(logits(load(folder)), decoded)
+    assert inputs[planted] > 3 * inputs[llama]
+    assert weights[planted] < 2 * weights[llama]
