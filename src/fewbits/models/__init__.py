@@ -19,12 +19,14 @@ from fewbits.models.gguf import (
     gguf_pieces,
     gguf_supported,
 )
+from fewbits.models.links import Flow, head_size, links, residual
 from fewbits.models.slots import Link, Slot, Slots
 
 __all__ = [
     "FAMILIES",
     "Architecture",
     "CacheShape",
+    "Flow",
     "Link",
     "Piece",
     "Restored",
@@ -40,7 +42,10 @@ __all__ = [
     "gguf_pieces",
     "gguf_supported",
     "halved_order",
+    "head_size",
     "interleaved_order",
+    "links",
     "model_class",
+    "residual",
     "unfused",
 ]

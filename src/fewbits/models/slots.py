@@ -63,10 +63,13 @@ class Slot:
 class Link:
     """A place where a factor for each channel can move between two neighbours without changing what they compute.
 
-    producer: the parameter whose output channels are `consumers`' input channels; a norm's weight [K] or the weight
-    [K', N] of a linear layer (names within the block). consumers: parameters of linear layers that read nothing else.
+    producer: the parameter whose output channels are `consumers`' input channels; a norm's weight [C] or the weight
+    [C, K] of a linear layer, whose bias beside it goes along (names within the block). consumers: the parameters
+    [..., N, C·repeats], upright, of all linear layers that read it; they read nothing else.
     offset: what the norm adds to its stored weight (1 for Gemma). repeats: how many heads of the consumer read each
     head of the producer (grouped-query attention, value → output projection); head: size of one.
+    expert: the one expert that the link is in, where both ends are fused parameters; rows [start, stop) of the
+    producer's are then its output channels (the upper half of `gate_up_proj`).
     """
 
     kind: Literal["norm", "linear"]
@@ -75,6 +78,8 @@ class Link:
     offset: float = 0.0
     repeats: int = 1
     head: int = 1
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
 
 
 Slots = Mapping[str, Slot]
