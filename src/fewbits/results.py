@@ -58,6 +58,11 @@ class Estimate:
     disk: int
     seconds: float
 
+    def then(self, later: Estimate) -> Estimate:
+        """What one piece of work and a later one need, whose files lie beside the first one's."""
+        peak = max(self.peak_memory, later.peak_memory)
+        return Estimate(peak, self.disk + later.disk, self.seconds + later.seconds)
+
 
 @dataclass(frozen=True)
 class Quantization:

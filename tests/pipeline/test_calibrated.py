@@ -20,7 +20,7 @@ from tiny import save_model
 import fewbits
 from fewbits.errors import OutputError, QualityError, UnsupportedError
 from fewbits.evals import Windows
-from fewbits.pipeline import _calibrate, _quantize
+from fewbits.pipeline import _calibrate
 from fewbits.pipeline._activations import Activations
 
 SMALL = {"windows": 6, "length": 16, "held_out": 2}
@@ -146,7 +146,7 @@ def _started(model: Path, out: Path) -> subprocess.Popen[str]:
 def test_another_run_is_not_mixed_in(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(_quantize, "changed_entries", _stop)
+        patched.setattr(_calibrate, "changed_entries", _stop)
         with pytest.raises(KeyboardInterrupt):
             fewbits.quantize(deep, out, format="int4-g32", calibration=calibration())
     with pytest.raises(OutputError, match="another calibration"):

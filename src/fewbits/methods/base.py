@@ -59,6 +59,11 @@ class Transform(Method):
 class Solver(Method):
     """Turns the matrices of a block into QTensors."""
 
+    @property
+    def windows_run(self) -> float:
+        """How many windows it runs through each block, back and forth counting as three: for the estimate of time."""
+        return 0.0
+
     @abstractmethod
     def quantize_block(self, block: Block, plan: Mapping[str, Format], stats: Stats) -> dict[str, QTensor]:
         """QTensors of the block's matrices, in the plan's formats.

@@ -47,14 +47,16 @@ class SolvedBlock:
 class Work:
     """What the blocks are made from and of.
 
-    formats: matrix of the output -> its format, of those inside blocks. slots: the same matrices -> where they lie in
-    the running model. dtypes: parameter of the running model -> the type that it is written in.
+    formats: matrix of the output -> its format, of those inside blocks; shapes: the same matrices -> [out_features,
+    in_features]; slots: -> where they lie in the running model. dtypes: parameter of the running model -> the type that
+    it is written in.
     """
 
     model: LayeredModel
     recipe: Recipe
     formats: Mapping[str, Format]
     slots: Mapping[str, Slot]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
@@ -175,8 +177,7 @@ def measure(block: Block, needs: Sequence[str], streams: Streams) -> dict[str, d
     """Statistics of what each matrix of the block reads, with the block as it is now."""
     if not needs:
         return {}
-    watched = {slot.parameter: block.parameters[slot.parameter] for slot in block.slots.values()}
-    collector = Collector(watched, needs, tokens=streams.ids.numel())
+    watched, collector = _watched(block), measured(block, needs, streams.ids.numel())
     for start, states in streams.quantized.batches(streams.batch):
         if "cross" in needs and streams.original is not None:
             with Recorder(watched) as recorder:
@@ -187,6 +188,15 @@ def measure(block: Block, needs: Sequence[str], streams: Streams) -> dict[str, d
     sites = collector.statistics()
     pooled = _pooled(sites)
     return {name: _of_slot(slot, block, sites, pooled) for name, slot in block.slots.items()}
+
+
+def measured(block: Block, needs: Sequence[str], tokens: int) -> Collector:
+    """What collects statistics of the inputs of the block's matrices, of about so many tokens."""
+    return Collector(_watched(block), needs, tokens=tokens)
+
+
+def _watched(block: Block) -> dict[str, Tensor]:
+    return {slot.parameter: block.parameters[slot.parameter] for slot in block.slots.values()}
 
 
 def _of_slot(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -14,16 +16,20 @@ from transformers import AutoTokenizer
 from fewbits.checkpoint import Reader
 from fewbits.engine import LayeredModel, load
 from fewbits.errors import UnsupportedError
-from fewbits.evals import Windows, read_windows, self_text
-from fewbits.formats import Float, QTensor
+from fewbits.evals import Windows, model_identity, read_windows, self_text
+from fewbits.formats import Float
 from fewbits.methods.recipe import Recipe
 from fewbits.models import Piece, Slot
 from fewbits.pipeline._activations import Activations
 from fewbits.pipeline._blocks import Streams, Work, advance, open_block, replay_block, restore, solve_block
+from fewbits.pipeline._foresight import foresee, needs_original
 from fewbits.pipeline._guard import Guard
+from fewbits.pipeline._job import Job
 from fewbits.pipeline._journal import Journal
 from fewbits.pipeline._memory import give_back_free_memory
+from fewbits.pipeline._solved import Overlay, Solved
 from fewbits.plan.rules import Plan
+from fewbits.results import CalibrationReport, Estimate
 
 Progress = Callable[[int, int, str], None]
 SOLVED = "block"  # stage of the journal
@@ -49,38 +55,75 @@ class Calibration:
     limit: float = 1.0
 
 
-class Overlay(Reader):
-    """A checkpoint some of whose tensors are other ones: those that a transform rewrote and the plan keeps."""
+@dataclass(frozen=True)
+class Ready:
+    """A calibrated run that can begin: its text is read, its model is open, its cost is known.
 
-    def __init__(self, reader: Reader, changed: Mapping[str, torch.Tensor]) -> None:
-        self.path, self.config, self.entries = reader.path, reader.config, reader.entries
-        self.changed = changed
-        self._reader = reader
+    held: windows that nothing is calibrated on, None where the text has but one. entries: parameter of the running
+    model -> its entry in the checkpoint.
+    """
 
-    def read(self, name: str, rows: slice | None = None) -> QTensor:
-        if name not in self.changed:
-            return self._reader.read(name, rows)
-        value = self.changed[name]
-        return QTensor(self.entries[name].format, value if rows is None else value[rows], {})
+    calibration: Calibration
+    work: Work
+    entries: Mapping[str, str]
+    windows: Windows
+    held: Windows | None
+    need: Estimate
+
+    def facts(self, job: Job) -> dict[str, Any]:
+        """Whatever decides the output's bytes."""
+        return {
+            "source": model_identity(job.source),
+            "output": {entry.name: entry.format.name for entry in job.entries},
+            "method": repr(job.recipe),
+            "calibration": self.windows.digest,
+            "versions": {name: version(name) for name in ("fewbits", "torch", "transformers")},
+        }
+
+    def report(self, divergence: float | None) -> CalibrationReport:
+        return CalibrationReport(
+            text=self.windows.description,
+            tokens=self.windows.ids.numel(),
+            digest=self.windows.digest,
+            held_out_tokens=0 if self.held is None else self.held.ids.numel(),
+            held_out_kld=divergence,
+        )
 
 
-class Solved:
-    """The matrices that blocks were solved for, read back from the journal as they are asked for."""
+def make_ready(job: Job, calibration: Calibration) -> Ready:
+    """Read (or write) the text and find out what solving the blocks will take."""
+    work, entries = make_work(job.reader, job.pieces, job.plan, job.recipe, calibration)
+    windows, held = read_text(job.reader, calibration)
+    need = foresee(work, windows.ids, 0 if held is None else len(held.ids), calibration.memory)
+    return Ready(calibration, work, entries, windows, held, need)
 
-    def __init__(self, journal: Journal, stage: str, *, transformed: bool, divergence: float | None) -> None:
-        self._journal, self._stage = journal, stage
-        self._index = journal.index(stage)
-        self.transformed = transformed
-        self.divergence = divergence
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._index
-
-    def error(self, name: str) -> float:
-        return self._index[name][1]
-
-    def read(self, name: str, rows: slice | None = None) -> QTensor:
-        return self._journal.read(self._stage, self._index[name][0], name, rows)
+@contextmanager
+def solve(job: Job, ready: Ready, progress: Progress | None) -> Iterator[Job]:
+    """The job with its blocks solved. What is on disk of a killed run is not solved again, and all of it is removed
+    once the job is done.
+    """
+    work, calibration = ready.work, ready.calibration
+    with Journal(job.out, ready.facts(job), work.formats) as journal:
+        streams = Streams(
+            work,
+            ready.windows.ids,
+            folder=journal.folder,
+            limit=calibration.memory,
+            original=needs_original(work.recipe),
+            held=None if ready.held is None else ready.held.ids,
+        )
+        try:
+            divergence = _solve_all(work, journal, streams, calibration, progress)
+        finally:
+            streams.close()
+        gc.collect()
+        give_back_free_memory()
+        solved = Solved(journal, SOLVED, transformed=bool(work.recipe.transforms))
+        changed = changed_entries(journal, ready.entries, len(work.model.layers))
+        reader = Overlay(job.reader, changed) if changed else job.reader
+        yield replace(job, solved=solved, reader=reader, calibrated=ready.report(divergence))
+        journal.remove()
 
 
 def make_work(
@@ -103,7 +146,9 @@ def make_work(
         )
     entries = {slot.parameter: name for name, slot in places.items() if slot == Slot(slot.parameter)}
     dtypes = {parameter: _dtype(reader, name) for parameter, name in entries.items()}
-    return Work(model, recipe, {name: plan[name].format for name in slots}, slots, dtypes), entries
+    formats = {name: plan[name].format for name in slots}
+    shapes = {piece.name: piece.shape for piece in pieces if piece.name in slots}
+    return Work(model, recipe, formats, slots, shapes, dtypes), entries
 
 
 def _dtype(reader: Reader, name: str) -> torch.dtype:
@@ -127,39 +172,6 @@ def _windows(path: Path, calibration: Calibration, wanted: int) -> Windows:
         return self_text(load(path, device=calibration.device), wanted, calibration.length, calibration.seed)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     return read_windows(Path(calibration.text), tokenizer, wanted, calibration.length)
-
-
-@contextmanager
-def solved_blocks(
-    work: Work,
-    journal: Journal,
-    windows: Windows,
-    held: Windows | None,
-    calibration: Calibration,
-    progress: Progress | None,
-) -> Iterator[Solved]:
-    """Solve every block that the journal has not, and offer what came out."""
-    streams = Streams(
-        work,
-        windows.ids,
-        folder=journal.folder,
-        limit=calibration.memory,
-        original=needs_original(work.recipe),
-        held=None if held is None else held.ids,
-    )
-    try:
-        divergence = _solve_all(work, journal, streams, calibration, progress)
-    finally:
-        streams.close()
-    gc.collect()
-    give_back_free_memory()
-    yield Solved(journal, SOLVED, transformed=bool(work.recipe.transforms), divergence=divergence)
-
-
-def needs_original(recipe: Recipe) -> bool:
-    """Whether a method compares with what the original's blocks return."""
-    methods = (*recipe.transforms, recipe.solver)
-    return any(method.runs or "cross" in (*method.needs, *method.wants) for method in methods)
 
 
 def _solve_all(

@@ -14,10 +14,11 @@ from fewbits.errors import UnsupportedError
 from fewbits.formats import Float, Format
 from fewbits.methods import METHODS, Recipe, TensorMethod, recipe_named
 from fewbits.models import Architecture, Piece, describe, gguf_dropped, gguf_extras, gguf_metadata
-from fewbits.pipeline._calibrate import Solved
+from fewbits.pipeline._solved import Solved
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, require_ties
 from fewbits.plan.rules import Plan, Rules, parse
 from fewbits.plan.rules import Tensor as PlanTensor
+from fewbits.results import CalibrationReport
 
 FP32 = Float(torch.float32)
 FOLDERS = ("huggingface", "compressed-tensors", "fewbits")  # most widely loaded first
@@ -41,6 +42,7 @@ class Job:
     recipe: Recipe
     method: TensorMethod  # of what is not solved block by block
     solved: Solved | None = None
+    calibrated: CalibrationReport | None = None
 
 
 def prepare(

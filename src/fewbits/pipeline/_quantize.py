@@ -6,24 +6,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from fewbits.errors import VerificationError
-from fewbits.evals import model_identity
 from fewbits.formats import Format
 from fewbits.methods import Recipe
-from fewbits.pipeline._calibrate import Calibration, Overlay, changed_entries, make_work, read_text, solved_blocks
+from fewbits.pipeline._calibrate import Calibration, make_ready, solve
 from fewbits.pipeline._estimate import check_room, estimate, source_bytes
 from fewbits.pipeline._job import Job, prepare
-from fewbits.pipeline._journal import Journal
 from fewbits.pipeline._stream import PART, Progress, run
 from fewbits.pipeline._verify import verify
 from fewbits.plan.rules import parse
-from fewbits.results import CalibrationReport, Estimate, Quantization
+from fewbits.results import Estimate, Quantization
+
+BAR = 10_000  # steps of the progress bar
 
 
 def quantize(
@@ -52,9 +50,9 @@ def quantize(
     can do without runs on it too, to weigh errors by what they do to outputs (None: if a calibration is given).
     overrides: regular expression -> format (or "keep"), for tensors of the output whose name it is found in.
     kind: a name from `checkpoint.KINDS`, by default the first that holds the format. pretokenizer: llama.cpp's name
-    of a pre-tokenizer that fewbits does not know (GGUF only). prove: reopen the files with an
-    independent decoder and compare every tensor. progress: called with (bytes done, bytes, label). announce: called
-    with the estimate before anything is written.
+    of a pre-tokenizer that fewbits does not know (GGUF only). prove: reopen the files with an independent decoder and
+    compare every tensor. progress: called with (done, total, label), one bar for all. announce: called with the
+    estimate before anything is written.
     Raises a FewbitsError; then nothing is left at `out`.
     """
     job = prepare(
@@ -72,18 +70,17 @@ def quantize(
     given = calibration if isinstance(calibration, Calibration) else Calibration(calibration or "self")
     weigh = calibration is not None if weigh is None else weigh
     need = estimate(job.entries, job.method, threads, PART, decoder=job.kind.decoder if prove else None)
-    check_room(job.out, need.disk)
+    ready = make_ready(job, given) if weigh or not job.recipe.streams else None
+    whole = need if ready is None else ready.need.then(need)
+    check_room(job.out, whole.disk)
     if announce:
-        announce(need, job)
+        announce(whole, job)
+    stages = Stages(progress, whole.seconds)
     with ExitStack() as stack:
-        calibrated = None
-        if weigh or not job.recipe.streams:
-            calibrated = stack.enter_context(calibrate(job, given, progress))
-            job = calibrated.job
-        reports = run(job, threads, progress)
-        decoder = proven(job, progress) if prove else None
-        if calibrated is not None:
-            calibrated.journal.remove()
+        if ready is not None:
+            job = stack.enter_context(solve(job, ready, stages.next(ready.need.seconds)))
+        reports = run(job, threads, stages.next(need.seconds / (2 if prove else 1)))
+        decoder = proven(job, stages.next(need.seconds / 2)) if prove else None
     return Quantization(
         source=str(job.source),
         output=str(job.out),
@@ -96,45 +93,23 @@ def quantize(
         seconds=time.monotonic() - began,
         verified_with=decoder,
         tensors=reports,
-        calibration=None if calibrated is None else calibrated.facts,
+        calibration=job.calibrated,
     )
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """A job whose blocks are solved, and what they were calibrated on."""
+class Stages:
+    """One progress bar over several stages, each with the share of it that its predicted time is of the whole."""
 
-    job: Job
-    journal: Journal
-    facts: CalibrationReport
+    def __init__(self, progress: Progress | None, seconds: float) -> None:
+        self._progress, self._seconds, self._reached = progress, seconds, 0.0
 
-
-@contextmanager
-def calibrate(job: Job, calibration: Calibration, progress: Progress | None) -> Iterator[Calibrated]:
-    """Solve the job's blocks, or go on where a killed run stopped."""
-    windows, held = read_text(job.reader, calibration)
-    work, entries = make_work(job.reader, job.pieces, job.plan, job.recipe, calibration)
-    facts = {
-        "source": model_identity(job.source),
-        "output": {entry.name: entry.format.name for entry in job.entries},
-        "method": repr(job.recipe),
-        "calibration": windows.digest,
-        "versions": {name: version(name) for name in ("fewbits", "torch", "transformers")},
-    }
-    with (
-        Journal(job.out, facts, work.formats) as journal,
-        solved_blocks(work, journal, windows, held, calibration, progress) as solved,
-    ):
-        changed = changed_entries(journal, entries, len(work.model.layers))
-        overlaid = replace(job, solved=solved, reader=Overlay(job.reader, changed) if changed else job.reader)
-        report = CalibrationReport(
-            text=windows.description,
-            tokens=windows.ids.numel(),
-            digest=windows.digest,
-            held_out_tokens=0 if held is None else held.ids.numel(),
-            held_out_kld=solved.divergence,
-        )
-        yield Calibrated(overlaid, journal, report)
+    def next(self, seconds: float) -> Progress | None:
+        """What the next stage reports to; it starts where the one before ended."""
+        if self._progress is None:
+            return None
+        progress, begin, share = self._progress, self._reached, seconds / self._seconds
+        self._reached += share
+        return lambda done, total, label: progress(round(BAR * (begin + share * done / max(total, 1))), BAR, label)
 
 
 def proven(job: Job, progress: Progress | None) -> str:

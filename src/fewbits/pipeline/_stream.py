@@ -22,9 +22,9 @@ from fewbits.checkpoint import Writer
 from fewbits.errors import FormatError, LedgerError
 from fewbits.formats import Float, Format, QTensor
 from fewbits.models import Piece
-from fewbits.pipeline._calibrate import Overlay, Solved
 from fewbits.pipeline._job import FP32, Job
 from fewbits.pipeline._memory import give_back_free_memory
+from fewbits.pipeline._solved import Overlay, Solved
 from fewbits.pipeline._source import read_rows, row_step
 from fewbits.plan.rules import Choice
 from fewbits.results import Fate, TensorReport

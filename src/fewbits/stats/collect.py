@@ -82,6 +82,11 @@ class InputStatistics:
         seen = self._sums.keys() | ({"samples"} if self._kept else set())
         return {name: self.value(name) for name in STATISTICS if name in seen}
 
+    @property
+    def nbytes(self) -> int:
+        """What it holds."""
+        return sum(tensor.nbytes for tensor in (*self._sums.values(), *self._kept))
+
     def _value(self, name: str) -> Tensor:
         if name == "samples":
             return torch.cat(self._kept)

@@ -1,0 +1,117 @@
+"""What solving blocks will take, said before it starts: seconds, bytes of memory, bytes of disk.
+
+Time is measured on this machine: the first layer runs over one batch while its inputs are measured, and the solver
+works on part of a random matrix. From there it is counting: how many batches pass through how many blocks, how many
+such parts there are in the model's matrices. Memory is counted too: a block and what a solver holds beside it, the
+statistics of its inputs, the hidden states.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from fewbits.formats import Format
+from fewbits.methods import TensorMethod
+from fewbits.methods.recipe import Recipe
+from fewbits.pipeline._blocks import BATCH, Work, measured, open_block
+from fewbits.pipeline._estimate import resident_memory
+from fewbits.pipeline._guard import CHECKS
+from fewbits.results import Estimate
+
+SAMPLE = (256, 1024)  # rows and columns of the random matrix that a solver is timed on
+HELD_COPIES = 4  # of the held-out windows' hidden states in memory
+BATCH_COPIES = 12  # of one batch's hidden states in memory while a block runs, those of wider layers included
+SOLVER_COPIES = 6  # of the largest matrix, float32, in memory on each thread while it is solved; measured
+
+
+def foresee(work: Work, ids: Tensor, held: int, memory: int) -> Estimate:
+    """Peak memory, disk and seconds of solving all blocks on windows ids [n, T], with `held` windows held out.
+
+    memory: bytes of hidden states beyond which they go to disk.
+    """
+    base = resident_memory()
+    window = 4 * ids.shape[1] * work.model.hidden_size
+    states = window * len(ids) * (2 if needs_original(work.recipe) else 1)
+    spilled = states > memory
+    size, seconds = _first_block(work, ids)
+    counted = sum(work.formats[name].nbytes(shape) for name, shape in _shapes(work).items())
+    return Estimate(
+        peak_memory=base + size + held * window * HELD_COPIES + (0 if spilled else states),
+        disk=counted + (states if spilled else 0),
+        seconds=_passes(work, len(ids), held) * seconds * len(ids) + _solving(work),
+    )
+
+
+def needs_original(recipe: Recipe) -> bool:
+    """Whether a method compares with what the original's blocks read or return."""
+    methods = (*recipe.transforms, recipe.solver)
+    return any(method.runs or "cross" in (*method.needs, *method.wants) for method in methods)
+
+
+def _first_block(work: Work, ids: Tensor) -> tuple[int, float]:
+    """(bytes in memory while a block is solved, seconds a window takes through it with its inputs measured)."""
+    batch = ids[: max(1, BATCH // ids.shape[1])]
+    block = open_block(work, 0)
+    needs = (*work.recipe.solver.needs, *work.recipe.solver.wants)
+    with torch.no_grad():
+        x = work.model.embed(batch)
+        block.run(x)  # the first time allocates
+        began = time.perf_counter()
+        collector = measured(block, needs, batch.numel())
+        with collector:
+            block.run(x)
+        seconds = time.perf_counter() - began
+    parameters = sum(p.numel() for p in block.parameters.values())
+    statistics = {id(found): found.nbytes for found in collector.statistics().values()}
+    largest = max((block.matrix(name).numel() for name in block.slots), default=0)
+    threads = min(len(block.slots), torch.get_num_threads())
+    work.model.drop(0)
+    solving = 4 * (2 * parameters + largest * SOLVER_COPIES * threads) + sum(statistics.values())
+    return solving + 4 * x.numel() * BATCH_COPIES, seconds / len(batch)
+
+
+def _passes(work: Work, windows: int, held: int) -> float:
+    """How often each calibration window goes through a block, over all blocks; held-out ones in proportion."""
+    count, recipe = len(work.model.layers), work.recipe
+    measuring = sum(bool((*m.needs, *m.wants)) for m in (*recipe.transforms, recipe.solver))
+    each = measuring + 1 + needs_original(recipe) + recipe.solver.windows_run / windows
+    guarding = held / windows * count * (2 + min(CHECKS, count) / 2)
+    return count * each + guarding
+
+
+def _solving(work: Work) -> float:
+    """Seconds in the solver itself, for solvers that look at one tensor at a time."""
+    solver = work.recipe.solver
+    if not isinstance(solver, TensorMethod):
+        return 0.0
+    shapes = _shapes(work)
+    seconds = {format: _sampled(solver, format) for format in set(work.formats.values())}
+    rows, columns = SAMPLE
+    power = 2 if "hessian" in solver.needs else 1
+    total = 0.0
+    for name, (*_, n, k) in shapes.items():
+        total += seconds[work.formats[name]] * (n / rows) * (k / columns) ** power
+    return total / torch.get_num_threads()
+
+
+def _sampled(solver: TensorMethod, format: Format) -> float:
+    """Seconds that the solver takes for the sample on one thread."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(*SAMPLE, generator=generator)
+    x = torch.randn(2 * SAMPLE[1], SAMPLE[1], generator=generator)
+    stats = {"importance": x.square().mean(0), "hessian": x.T @ x / len(x)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        began = time.perf_counter()
+        solver.quantize(w, format, {key: stats[key] for key in (*solver.needs, *solver.wants) if key in stats})
+        return time.perf_counter() - began
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _shapes(work: Work) -> dict[str, tuple[int, ...]]:
+    return {name: work.shapes[name] for name in work.slots}

@@ -1,0 +1,44 @@
+"""What came out of the blocks, as the rest of the pipeline sees it: matrices that are ready, and a changed source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fewbits.checkpoint import Reader
+from fewbits.formats import QTensor
+from fewbits.pipeline._journal import Journal
+
+
+class Overlay(Reader):
+    """A checkpoint some of whose tensors are other ones: those that a transform rewrote and the plan keeps."""
+
+    def __init__(self, reader: Reader, changed: Mapping[str, torch.Tensor]) -> None:
+        self.path, self.config, self.entries = reader.path, reader.config, reader.entries
+        self.changed = changed
+        self._reader = reader
+
+    def read(self, name: str, rows: slice | None = None) -> QTensor:
+        if name not in self.changed:
+            return self._reader.read(name, rows)
+        value = self.changed[name]
+        return QTensor(self.entries[name].format, value if rows is None else value[rows], {})
+
+
+class Solved:
+    """The matrices that blocks were solved for, read back from the journal as they are asked for."""
+
+    def __init__(self, journal: Journal, stage: str, *, transformed: bool) -> None:
+        self._journal, self._stage = journal, stage
+        self._index = journal.index(stage)
+        self.transformed = transformed
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._index
+
+    def error(self, name: str) -> float:
+        return self._index[name][1]
+
+    def read(self, name: str, rows: slice | None = None) -> QTensor:
+        return self._journal.read(self._stage, self._index[name][0], name, rows)
