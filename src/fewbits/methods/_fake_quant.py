@@ -1,0 +1,137 @@
+"""Rounding that can be trained: where a matrix lands between two codes, and the scales of its groups.
+
+A weight w is rounded after a shift v of at most half a level,
+
+    ŵ = decode(round(w + v·gap)),      gap = distance from the level that w starts on to the next one on w's side
+
+so v decides between those two (Cheng et al. 2023, SignRound, arXiv:2309.05516, section 3), and the scale of its group
+is s₀·(1 + δ): that is the paper's clipping factor, but seen from a scale that was searched. Where the start is another
+solver's code and not the nearest one (GPTQ's make up for errors in other columns), w is first moved into that code's
+cell, as little as possible: at v = 0 the codes are the ones that were given.
+
+Rounding has no derivative. For v it is taken as the identity (the straight-through estimate), for δ the codes are taken
+as fixed, which is the derivative almost everywhere:
+
+    ∂ŵ/∂v = gap      ∂ŵ/∂δ = ŵ / (1 + δ)
+
+Only the sign of either is used. The straight-through term for the scale, which lets codes follow it, was measured and
+gains nothing once the scale starts from a search.
+
+Nothing here knows the format but through `round_at`, `decode_at` and `rescaled`, which are those of the stored tensor:
+what is trained is what the file will hold, to the last bit. Where scales cannot move by themselves (powers of two,
+double quantization) only the rounding is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import UnsupportedError
+from fewbits.formats import Format, Grouped, Params, QTensor
+
+REACH = 0.5
+"""Largest shift, in gaps: any more would skip a code."""
+INSIDE = 0.49
+"""How far from its level a weight starts at most, in gaps: beyond one half it would be rounded to another one."""
+STRETCH = 0.5
+"""Largest relative change of a scale, so that it keeps its sign and its magnitude."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Codes (grouped view) and params of one moment: all that a QTensor needs."""
+
+    codes: Tensor
+    params: Params
+
+
+class Rounding:
+    """One matrix w, float [..., N, K], on its way from the QTensor `start` to a better one.
+
+    Takes 13 bytes a weight: w and its shift in float32, the codes, and what they stand for.
+    Raises UnsupportedError for a format whose numbers are not levels times a scale.
+    """
+
+    def __init__(self, w: Tensor, start: QTensor) -> None:
+        self.format, self._shape = _levelled(start.format), start.shape
+        self._start = start.params
+        at = per_number(start.params)
+        codes = self.format.grouped(start.codes)
+        values = self.format.decode_at(codes, at)
+        w = self.format.grouped(w.float())
+        self._gap = _gaps(self.format, start.params, values, w)
+        self._w = w.clamp(values - INSIDE * self._gap, values + INSIDE * self._gap)
+        self._shift = torch.zeros_like(self._w)
+        scale = start.params.get("scale")
+        self._change = None if scale is None else torch.zeros_like(scale)
+        self.choice, self._values = Choice(codes, start.params), values
+
+    def weights(self) -> Tensor:
+        """The numbers, float32 [..., N, K], at the present shifts and scales, which become `choice`."""
+        params = self._params()
+        at = per_number(params)
+        codes = self.format.round_at(torch.addcmul(self._w, self._shift, self._gap), at)
+        self.choice, self._values = Choice(codes, params), self.format.decode_at(codes, at)
+        return self.format.ungrouped(self._values, self._shape)
+
+    def descend(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
+        """Move every shift by `rate` and every scale by the share `scale_rate`, against the sign of its derivative.
+
+        gradient: of the loss by what `weights` returned last, [..., N, K].
+        """
+        g = self.format.grouped(gradient)
+        if self._change is not None:
+            slope = self.slope(g)
+            self._change.sub_(slope.sign_(), alpha=scale_rate).clamp_(-STRETCH, STRETCH)
+        self._shift.sub_(g.sign(), alpha=rate).clamp_(-REACH, REACH)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """∂loss/∂δ, but for the positive factor 1 + δ, in the scale's shape, from the gradient in the grouped view."""
+        slope: Tensor = torch.linalg.vecdot(gradient.float(), self._values)
+        return slope
+
+    def tensor(self, choice: Choice) -> QTensor:
+        return QTensor(self.format, self.format.ungrouped(choice.codes, self._shape), choice.params)
+
+    def _params(self) -> Params:
+        return self._start if self._change is None else self.format.rescaled(self._start, 1 + self._change)
+
+
+def per_number(params: Params) -> Params:
+    """Params as they broadcast to the grouped view."""
+    return {key: p.unsqueeze(-1) for key, p in params.items()}
+
+
+def _levelled(format: Format) -> Grouped:
+    if not isinstance(format, Grouped) or format.levels is None:
+        raise UnsupportedError(
+            f"{format.name}: its numbers are not levels times a scale, so there is no rounding to train; use rtn"
+        )
+    return format
+
+
+def _gaps(format: Grouped, params: Params, values: Tensor, w: Tensor) -> Tensor:
+    """From each value (grouped view) to the next level in w's direction; inward from the last one. Broadcasts to w."""
+    assert format.levels is not None
+    levels = format.levels.to(w.device)
+    unit = _units(format, params, levels)
+    gaps = levels.diff()
+    if bool((gaps == gaps[0]).all()):
+        return unit * gaps[0]
+    # values / unit is a level but for rounding, so the nearest midpoints are far away
+    at = torch.searchsorted(levels[:-1] + gaps / 2, values / torch.where(unit > 0, unit, 1.0))
+    at -= (w < values).to(at.dtype)
+    return gaps[at.clamp_(0, len(gaps) - 1)] * unit
+
+
+def _units(format: Grouped, params: Params, levels: Tensor) -> Tensor:
+    """|scale| of each group as the format's own arithmetic has it, from the largest and least number it can hold."""
+    numbers = per_number(params)
+    like = max((p for p in numbers.values() if p.is_floating_point()), key=Tensor.numel)
+    low, high = (
+        format.decode_at(format.round_at(torch.full_like(like, end), numbers), numbers) for end in (-1e30, 1e30)
+    )
+    return (high - low).abs() / (levels[-1] - levels[0])
