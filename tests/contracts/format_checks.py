@@ -357,6 +357,22 @@ def check_columns(format: Format) -> None:
     assert torch.equal(format.round_at(w[:, order], format.at_columns(params, order)), codes[:, order])
 
 
+def check_rescaling(format: Format) -> None:
+    """Moved scales are the bytes' own, and the numbers move by the factor, or not at all, to a scale's precision."""
+    if not isinstance(format, Grouped):
+        return
+    w = weights(4, 256)
+    q = quantized(format, w)
+    scale = q.params.get("scale")
+    factor = torch.tensor(0.75) if scale is None else torch.full_like(scale, 0.75)
+    moved = QTensor(format, q.codes, format.rescaled(q.params, factor))
+    assert same(QTensor.from_arrays(format, moved.pack(), q.shape).params, moved.params)
+    if not same(moved.params, q.params):
+        coarsest = 2.0**-4 if format.name == "nvfp4" else 2.0**-8  # half a unit in the last place: E4M3, BF16
+        wanted, reach = q.dequantize() * 0.75, float(q.dequantize().abs().max())
+        assert (moved.dequantize() - wanted).abs().max() <= coarsest * reach
+
+
 def check_plain(format: Format) -> None:
     """The reference rounding is made of codes and params that the format can pack."""
     w = weights(3, 96)

@@ -9,23 +9,45 @@ import torch
 from format_checks import same, squared_error, weights
 
 from fewbits.errors import FormatError
-from fewbits.formats import FORMATS, QTensor
+from fewbits.formats import FORMATS, Format, Grouped, QTensor
 from fewbits.formats.explain import family
-from fewbits.methods import METHODS, Block, Method, TensorMethod, method_named
+from fewbits.methods import METHODS, Block, Method, Solver, TensorMethod, method_named
+from fewbits.stats import InputStatistics
 
 ONE_OF_EACH = list({type(format): format for format in FORMATS.values()}.values())
 ONE_OF_EACH += [format for format in FORMATS.values() if family(format) == "int4" and format not in ONE_OF_EACH]
 
 
-def quantized(method: Method, **weights_by_name: torch.Tensor) -> list[dict[str, QTensor]]:
+def inputs(in_features: int) -> torch.Tensor:
+    """Made-up inputs of a layer, [tokens, in_features], whose channels go together and differ in size."""
+    spread = torch.logspace(-1, 1, in_features)
+    return weights(4 * in_features, in_features, seed=1, spread=1) @ weights(in_features, in_features, seed=2) * spread
+
+
+def statistics(method: Method, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the method needs to know of the inputs of a matrix [..., N, K]."""
+    seen = InputStatistics(frozenset(method.needs))
+    seen.add(inputs(w.shape[-1]))
+    return {need: value.expand(*w.shape[:-2], *value.shape) for need, value in seen.values().items()}
+
+
+def solved(method: Solver, format: Format, block: Mapping[str, torch.Tensor]) -> dict[str, QTensor]:
+    stats = {name: statistics(method, w) for name, w in block.items()}
+    return method.quantize_block(Block.of(block), dict.fromkeys(block, format), stats)
+
+
+def quantized(method: Solver, **block: torch.Tensor) -> list[dict[str, QTensor]]:
     """The block in every format, one after the other."""
-    return [
-        method.quantize_block(Block.of(weights_by_name), dict.fromkeys(weights_by_name, format), {})
-        for format in ONE_OF_EACH
-    ]
+    return [solved(method, format, block) for format in ONE_OF_EACH]
 
 
-def check_block(method: Method) -> None:
+def output_error(q: QTensor, w: torch.Tensor) -> float:
+    """Mean squared error of the layer's outputs on `inputs`, summed over outputs: tr(E·H·Eᵀ)."""
+    x = inputs(w.shape[-1]).double()
+    return float((x @ (q.dequantize().double() - w.double()).mT).square().sum()) / len(x)
+
+
+def check_block(method: Solver) -> None:
     """Every weight comes back under its name, in its format and shape, as codes that its bytes hold."""
     block = {"a": weights(5, 96), "b": weights(3, 64), "experts": weights(2, 4, 64)}
     for format, found in zip(ONE_OF_EACH, quantized(method, **block), strict=True):
@@ -37,27 +59,29 @@ def check_block(method: Method) -> None:
             assert q.dequantize().isfinite().all()
 
 
-def check_codes_resemble_weights(method: Method) -> None:
-    """The error is less than that of storing zeros, in every format."""
+def check_codes_resemble_weights(method: Solver) -> None:
+    """The error is less than that of storing zeros, in every format: of the outputs where a method looks at these."""
     w = weights(16, 128)
+    error = output_error if "hessian" in method.needs else squared_error
     for format, found in zip(ONE_OF_EACH, quantized(method, w=w), strict=True):
-        assert squared_error(found["w"], w) < float(w.double().square().sum()), format.name
+        zeros = QTensor(FORMATS["fp32"], torch.zeros_like(w), {})
+        assert error(found["w"], w) < error(zeros, w), format.name
 
 
-def check_zeros(method: Method) -> None:
+def check_zeros(method: Solver) -> None:
     assert not any(found["w"].dequantize().any() for found in quantized(method, w=torch.zeros(3, 64)))
 
 
-def check_not_finite_is_refused(method: Method) -> None:
+def check_not_finite_is_refused(method: Solver) -> None:
     for bad in (float("nan"), float("inf")):
         w = weights(3, 64)
         w[1, 2] = bad
         for format in ONE_OF_EACH:
             with pytest.raises(FormatError, match="1 of 192 weights are NaN or Inf"):
-                method.quantize_block(Block.of({"w": w}), {"w": format}, {})
+                solved(method, format, {"w": w})
 
 
-def check_input_is_not_changed_and_nothing_is_drawn_by_lot(method: Method) -> None:
+def check_input_is_not_changed_and_nothing_is_drawn_by_lot(method: Solver) -> None:
     w = weights(4, 96)
     before = w.clone()
     first, second = quantized(method, w=w), quantized(method, w=w)
@@ -74,9 +98,23 @@ def check_rows(method: Method) -> None:
     w = weights(7, 96)
     for format in ONE_OF_EACH:
         if format.rowwise:
-            whole = method.quantize(w, format, {}).dequantize()
-            slabs = [method.quantize(w[rows], format, {}).dequantize() for rows in (slice(0, 3), slice(3, 7))]
+            stats = statistics(method, w)
+            whole = method.quantize(w, format, stats).dequantize()
+            slabs = [method.quantize(w[rows], format, stats).dequantize() for rows in (slice(0, 3), slice(3, 7))]
             assert torch.equal(whole, torch.cat(slabs))
+
+
+def check_hessian_is_used(method: Method) -> None:
+    """A method that knows the Hessian leaves less error in the outputs than rounding that knows its diagonal."""
+    if not (isinstance(method, TensorMethod) and "hessian" in method.needs):
+        return
+    w = weights(12, 128)
+    stats = statistics(method, w)
+    importance = {"importance": stats["hessian"].diagonal()}
+    for format in FORMATS.values():
+        if isinstance(format, Grouped) and format.columnwise:
+            rounded = METHODS["rtn"].quantize(w, format, importance)
+            assert output_error(method.quantize(w, format, stats), w) < output_error(rounded, w), format.name
 
 
 def check_description(method: Method) -> None:

@@ -216,6 +216,14 @@ class Grouped(Format):
         groups = columns // self.group
         return {key: p[..., groups] if p.shape[-1] > 1 else p for key, p in params.items()}
 
+    def rescaled(self, params: Params, factor: Tensor) -> Params:
+        """Params under which the same codes stand for numbers `factor` times as large, as nearly as bytes can hold.
+
+        factor: broadcasts to the scale. The same params where the scale is not free to move by itself (powers of two,
+        double quantization).
+        """
+        return params
+
     def groups(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the params of a tensor of this shape."""
         match self.group:
@@ -272,6 +280,9 @@ class Scaled(Grouped):
     def stored(self, scale: Tensor) -> Tensor:
         """The scale, float32, as its bytes will hold it."""
         return scale.to(self.scale_dtype).float()
+
+    def rescaled(self, params: Params, factor: Tensor) -> Params:
+        return {**params, "scale": self.stored(params["scale"] * factor)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,6 +86,9 @@ class NormalFloat(Grouped):
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return self._values(codes).mul_(params["scale"])
 
+    def rescaled(self, params: Params, factor: Tensor) -> Params:
+        return params if self.double else {"scale": params["scale"] * factor}
+
     def at_columns(self, params: Params, columns: Tensor) -> Params:
         return super().at_columns({"scale": params["scale"]}, columns)
 

@@ -92,6 +92,9 @@ class _Centred(_Nibbled):
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return codes.float().sub_(self.zero).mul_(params["scale"])
 
+    def rescaled(self, params: Params, factor: Tensor) -> Params:
+        return _stored(**{name: p * factor for name, p in params.items()})
+
     def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
         scale = self._reference_scale(x)
         q = (x * inverse(scale).unsqueeze(-1)).add_(self.zero + 0.5)
@@ -139,6 +142,9 @@ class _Offset(_Nibbled):
 
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return codes.float().mul_(params["scale"]).add_(params["offset"])
+
+    def rescaled(self, params: Params, factor: Tensor) -> Params:
+        return _stored(**{name: p * factor for name, p in params.items()})
 
     def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
         scale, offset = self._reference_range(x)
@@ -188,6 +194,9 @@ class Q8_0(Block):
 
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return codes.float().mul_(params["scale"])
+
+    def rescaled(self, params: Params, factor: Tensor) -> Params:
+        return _stored(**{name: p * factor for name, p in params.items()})
 
     def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
         scale = self._reference_scale(x)

@@ -74,6 +74,9 @@ class Fp8(Grouped):
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return codes.view(self.dtype).float().mul_(params["scale"])
 
+    def rescaled(self, params: Params, factor: Tensor) -> Params:
+        return {"scale": params["scale"] * factor}
+
     def pack(self, codes: Tensor, params: Params) -> Arrays:
         return {"weight": codes.view(self.dtype), "scale": params["scale"]}
 
@@ -187,6 +190,10 @@ class NvFp4(_Fp4):
 
     def _effective(self, params: Params) -> Tensor:
         return params["scale"] / params["global_scale"]
+
+    def rescaled(self, params: Params, factor: Tensor) -> Params:
+        scale = (params["scale"] * factor).clamp_(0, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        return {**params, "scale": scale}
 
     def pack(self, codes: Tensor, params: Params) -> Arrays:
         return {

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from fewbits.errors import UnsupportedError
 from fewbits.formats import Format, QTensor, format_named
+from fewbits.methods.awq import AWQ
 from fewbits.methods.base import Finisher, Method, Solver, TensorMethod, Transform
 from fewbits.methods.block import Block
+from fewbits.methods.gptq import GPTQS
 from fewbits.methods.recipe import Recipe, recipe
 from fewbits.methods.rtn import RTN
+from fewbits.methods.smoothquant import SMOOTHQUANT
 
-METHODS: dict[str, Method] = {method.name: method for method in (*RTN,)}
+METHODS: dict[str, Method] = {method.name: method for method in (*RTN, *GPTQS, *AWQ, *SMOOTHQUANT)}
 
 
 def method_named(name: str) -> Method:

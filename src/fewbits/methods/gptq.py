@@ -1,0 +1,217 @@
+"""GPTQ: columns are rounded one after the other, and those still to come make up for the error.
+
+The squared error of a layer's *outputs* counts, tr(E·H·Eᵀ) with H the mean of x·xᵀ over calibration inputs, not that of
+its weights. `_hessian` gives the rule: the target of a column is its weight plus a fixed linear function of the errors
+made so far (Frantar et al. 2022, arXiv:2210.17323; here as LDLQ, arXiv:2307.13304).
+
+Columns are taken in falling order of H's diagonal, so that the largest errors are made up for by many columns; but
+whole groups at a time, so that every group's scale stands where it would without that order. A group's params are
+fitted when it is reached, to the targets as they are then, each column weighed by what its error costs (d in
+`_hessian`). Formats whose params span the row, or groups of the whole matrix, are fitted beforehand.
+
+Afterwards `sweeps` of coordinate descent go over the same columns with all others fixed, which no error can survive
+that a single other code would lower (Behdin et al. 2023, QuantEase, arXiv:2309.01885, algorithm 1); before a group's
+columns, its scale moves to the least-squares one for its codes. Either step is taken only where it lowers the error, so
+the objective falls monotonically. More than one sweep lowers the objective on the calibration text and not the
+divergence on other text.
+
+The matrix lies transposed, [K, N], so that a column of N weights is contiguous; what the columns of a run (a group, or
+128) feed back to later runs is one matrix product. Cost: 2·K²·N operations a pass and some twenty elementwise ones on
+each column. Rows are independent, so matrices that read the same input are solved on top of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import FormatError, UnsupportedError
+from fewbits.formats import Float, Format, Grouped, Params, QTensor
+from fewbits.formats.base import require_finite
+from fewbits.methods._columns import round_columns, transposed
+from fewbits.methods._hessian import Factors, Objective, factor, solving_order
+from fewbits.methods.base import TensorMethod
+
+RUN = 128
+"""Columns of a run in formats whose groups are not counted in columns."""
+
+
+@dataclass(frozen=True)
+class GPTQ(TensorMethod):
+    """Error feedback through the Hessian. damping: added to its diagonal, as a share of the diagonal's mean."""
+
+    damping: float = 0.01
+    sweeps: int = 1
+
+    summary: ClassVar[str] = "columns one by one, the rest making up for each error in the layer's outputs (Hessian)"
+    needs: ClassVar[tuple[str, ...]] = ("hessian",)
+    shares: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return "gptq"
+
+    def quantize(self, w: Tensor, format: Format, stats: Mapping[str, Tensor]) -> QTensor:
+        """stats: `hessian` [K, K], or one for each expert; if there is a `cross`, mean of x·x̂ᵀ of the same shape with x
+        the original model's inputs and x̂ those that the Hessian is of, the target is what makes W·x of x̂.
+
+        Raises UnsupportedError without a Hessian and FormatError for formats that cannot be rounded by columns.
+        """
+        format.check(tuple(w.shape))
+        require_finite(w, {"peak": w.abs().amax()}, format.name)
+        if isinstance(format, Float):  # next to no error, and nothing shared by a group
+            return QTensor(format, format.round(w, {}), {})
+        if not (format.columnwise and isinstance(format, Grouped)):
+            raise FormatError(f"{format.name} cannot be rounded one column at a time, as gptq does; use rtn or hqq")
+        if "hessian" not in stats:
+            raise UnsupportedError("gptq needs the Hessian of the layer's inputs: give calibration text, or use rtn")
+        hessian, cross = stats["hessian"], stats.get("cross")
+        if w.dim() == 2:
+            return self._solved(w, format, hessian, cross)
+        each = zip(w, hessian, hessian if cross is None else cross, strict=True)
+        return _stacked([self._solved(x, format, h, None if cross is None else c) for x, h, c in each])
+
+    def _solved(self, w: Tensor, format: Grouped, hessian: Tensor, cross: Tensor | None) -> QTensor:
+        """One matrix [N, K] under one Hessian."""
+        group = format.group if isinstance(format.group, int) else None
+        hessian = hessian.float()
+        objective, factors = factor(hessian, solving_order(hessian.diagonal(), group), self.damping)
+        target = w.float().T[objective.columns]
+        if cross is not None:
+            drift = (cross.float() - hessian).T[objective.columns]
+            target = target.add_(factors.solve(drift @ w.float().T))
+        layer = Layer(format, objective, target)
+        layer.solve(factors)
+        del factors
+        for _ in range(self.sweeps):
+            layer.sweep()
+        return layer.result()
+
+
+@dataclass
+class Run:
+    """Neighbouring positions that are solved together: a group, or a part of the row.
+
+    columns: int64 [C], those at the positions. params: of the group, or of the matrix. codes: [C, N].
+    """
+
+    positions: slice
+    columns: Tensor
+    params: Params = field(default_factory=dict)
+    codes: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Layer:
+    """A matrix on its way, transposed, [K, N], in reversed order of solving."""
+
+    def __init__(self, format: Grouped, objective: Objective, target: Tensor) -> None:
+        self.format = format
+        self.objective = objective
+        self.target = target
+        self.error = torch.zeros_like(target)  # target − what the codes stand for, of what is rounded
+        self.grouped = isinstance(format.group, int) and format.rowwise
+        self.runs = [Run(part, objective.columns[part]) for part in reversed(self._parts())]
+
+    def solve(self, factors: Factors) -> None:
+        """Round every column at a target that makes up for the errors before it."""
+        if not self.grouped:
+            params = self._fitted(self.target, self.objective.columns, self.objective.diagonal())
+            for run in self.runs:
+                run.params = params
+        for run in self.runs:
+            part, later = run.positions, slice(run.positions.stop, None)
+            targets = torch.addmm(self.target[part], factors.feedback[part, later], self.error[later])
+            if self.grouped:
+                run.params = self._fitted(targets, run.columns, factors.cost[part])
+            self._round(run, targets, factors.feedback[part, part], self.target[part], self.error[part])
+
+    def sweep(self) -> None:
+        """Coordinate descent: scales at fixed codes, then every column at fixed others."""
+        if not isinstance(self.format.group, int):
+            self._rescale_all()
+        for run in self.runs:
+            rows = self.objective.rows(run.positions)  # of H, [C, K]
+            within = rows[:, run.positions]
+            slope = rows @ self.error
+            values = self.target[run.positions] - self.error[run.positions]
+            if self.grouped:
+                self._rescale(run, values, slope, within)
+            scaled = within.diagonal().reciprocal().unsqueeze(-1)
+            moved = torch.empty_like(values)
+            self._round(run, slope.mul_(scaled).add_(values), within * scaled, values, moved)
+            self.error[run.positions] += moved
+
+    def result(self) -> QTensor:
+        """In the matrix's own order."""
+        codes = torch.cat([run.codes for run in reversed(self.runs)])
+        codes = codes[self.objective.columns.argsort()].T.contiguous()
+        if not self.grouped:
+            return QTensor(self.format, codes, self.runs[0].params)
+        runs = sorted(self.runs, key=lambda run: int(run.columns[0]))
+        params = {key: torch.cat([run.params[key] for run in runs], dim=-1) for key in runs[0].params}
+        return QTensor(self.format, codes, params)
+
+    def _parts(self) -> list[slice]:
+        columns = self.objective.columns
+        starts = list(range(0, len(columns), RUN))
+        if isinstance(self.format.group, int):
+            groups = columns // self.format.group
+            starts = [0, *((groups[1:] != groups[:-1]).nonzero().flatten() + 1).tolist()]
+        return [slice(*bounds) for bounds in pairwise([*starts, len(columns)])]
+
+    def _fitted(self, targets: Tensor, columns: Tensor, importance: Tensor) -> Params:
+        """Params for targets [C, N], which are put in the order of their columns first."""
+        order = columns.argsort()
+        return self.format.fit(targets[order].T, importance[order], search=True)
+
+    def _round(self, run: Run, targets: Tensor, feedback: Tensor, base: Tensor, moved: Tensor) -> None:
+        params = self._of_columns(run, run.params)
+        run.codes = round_columns(self.format, targets, feedback, params, base, moved)
+
+    def _rescale(self, run: Run, values: Tensor, slope: Tensor, within: Tensor) -> None:
+        """Scale a run's numbers to the least-squares fit for its codes, in each row where that, stored, is better.
+
+        values: what the codes stand for; slope: H·error; both [C, N] and kept in step. within: H of the run, [C, C].
+        """
+        over = (0, 1) if self.format.group == "tensor" else 0
+        along, bend = (values * slope).sum(over), (values * (within @ values)).sum(over)
+        factor = torch.where(bend > 0, 1 + along / bend, 1.0)
+        params = self.format.rescaled(run.params, factor.reshape(-1, 1))
+        step = self._values(run, params) - values
+        pull = within @ step
+        better = (step * (2 * slope - pull)).sum(over) > 0
+        run.params = {key: torch.where(better.reshape(-1, 1), p, run.params[key]) for key, p in params.items()}
+        values += step.mul_(better)
+        self.error[run.positions] -= step
+        slope -= pull.mul_(better)
+
+    def _rescale_all(self) -> None:
+        """The same for params that belong to the whole row or matrix."""
+        whole = slice(0, len(self.target))
+        codes = torch.cat([run.codes for run in reversed(self.runs)])
+        run = Run(whole, self.objective.columns, self.runs[0].params, codes)
+        within = self.objective.rows(whole)
+        self._rescale(run, self.target - self.error, within @ self.error, within)
+        for part in self.runs:
+            part.params = run.params
+
+    def _values(self, run: Run, params: Params) -> Tensor:
+        """What a run's codes stand for, [C, N]."""
+        return self.format.decode_at(run.codes, self._of_columns(run, params))
+
+    def _of_columns(self, run: Run, params: Params) -> Params:
+        columns = run.columns % self.format.group if self.grouped else run.columns  # type: ignore[operator]
+        return transposed(self.format, params, columns)
+
+
+def _stacked(experts: list[QTensor]) -> QTensor:
+    params = {key: torch.stack([q.params[key] for q in experts]) for key in experts[0].params}
+    return QTensor(experts[0].format, torch.stack([q.codes for q in experts]), params)
+
+
+GPTQS = (GPTQ(),)
