@@ -12,8 +12,9 @@ from fewbits.formats import FORMATS, Affine, Format, Grouped, QTensor, format_na
 from fewbits.methods import Block
 from fewbits.methods._fake_quant import Rounding
 from fewbits.methods._products import product_type
+from fewbits.methods._windows import batches
 from fewbits.methods.rtn import RoundToNearest
-from fewbits.methods.signround import Descent, SignRound, _batches
+from fewbits.methods.signround import Descent, SignRound
 
 FAMILIES = list({type(f): f for f in FORMATS.values() if isinstance(f, Grouped)}.values())
 RTN = RoundToNearest()
@@ -87,7 +88,7 @@ def test_the_slope_of_a_scale_is_the_derivative(name: str) -> None:
     for factor in (1 + step, 1 - step):
         params = format.rescaled(start.params, torch.full_like(start.params["scale"], factor))
         values.append(format.grouped(format.decode(start.codes, params) * g).sum(-1))
-    found = rounding.slope(format.grouped(g))
+    found = rounding.slope(g)
     size = format.grouped((start.dequantize() * g).abs()).sum(-1)  # scales of 16 bits are half a unit (2⁻¹¹) off
     assert torch.all(((values[0] - values[1]) / (2 * step) - found).abs() <= size * 2**-11 / step)
 
@@ -162,11 +163,11 @@ def test_the_same_twice_and_another_seed() -> None:
 
 
 def test_every_window_has_its_turn() -> None:
-    batches = _batches(5, 2, seed=0)
-    drawn = [i for _ in range(5) for i in next(batches)]
+    order = batches(5, 2, seed=0)
+    drawn = [i for _ in range(5) for i in next(order)]
     assert sorted(drawn) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert next(_batches(3, 0, seed=0)) != []
-    assert len(next(_batches(3, 9, seed=0))) == 3
+    assert next(batches(3, 0, seed=0)) != []
+    assert len(next(batches(3, 9, seed=0))) == 3
 
 
 def test_formats_that_cannot_be_trained() -> None:

@@ -48,61 +48,84 @@ class Choice:
     params: Params
 
 
-class Rounding:
-    """One matrix w, float [..., N, K], on its way from the QTensor `start` to a better one.
+class Rescaling:
+    """One matrix whose codes stay while its scales are trained. change: δ of every scale, float32, in its shape.
+
+    `change` is None where the scales cannot move. Raises UnsupportedError for a format whose numbers are not levels
+    times a scale.
+    """
+
+    def __init__(self, start: QTensor) -> None:
+        self.format, self._shape = _levelled(start.format), start.shape
+        self._start = start.params
+        self.change = _still(self.format, start.params)
+        codes = self.format.grouped(start.codes)
+        self.choice = Choice(codes, start.params)
+        self._values = torch.empty(0)
+
+    def weights(self) -> Tensor:
+        """The numbers, float32 [..., N, K], at the present scales; the codes and params for them become `choice`."""
+        params = self._start if self.change is None else self.format.rescaled(self._start, 1 + self.change)
+        at = per_number(params)
+        codes = self._codes(at)
+        self.choice, self._values = Choice(codes, params), self.format.decode_at(codes, at)
+        return self.format.ungrouped(self._values, self._shape)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """∂loss/∂δ from the loss's gradient by what `weights` returned last, in the scale's shape."""
+        assert self.change is not None
+        product: Tensor = torch.linalg.vecdot(self.format.grouped(gradient).float(), self._values)
+        return product.div_(1 + self.change)
+
+    def tensor(self, choice: Choice) -> QTensor:
+        return QTensor(self.format, self.format.ungrouped(choice.codes, self._shape), choice.params)
+
+    def _codes(self, at: Params) -> Tensor:
+        return self.choice.codes
+
+
+class Rounding(Rescaling):
+    """One matrix w, float [..., N, K], on its way from the QTensor `start` to a better one, in codes and scales.
 
     Takes 13 bytes a weight: w and its shift in float32, the codes, and what they stand for.
-    Raises UnsupportedError for a format whose numbers are not levels times a scale.
     """
 
     def __init__(self, w: Tensor, start: QTensor) -> None:
-        self.format, self._shape = _levelled(start.format), start.shape
-        self._start = start.params
-        at = per_number(start.params)
-        codes = self.format.grouped(start.codes)
-        values = self.format.decode_at(codes, at)
+        super().__init__(start)
+        self._values = self.format.decode_at(self.choice.codes, per_number(start.params))
         w = self.format.grouped(w.float())
-        self._gap = _gaps(self.format, start.params, values, w)
-        self._w = w.clamp(values - INSIDE * self._gap, values + INSIDE * self._gap)
+        self._gap = _gaps(self.format, start.params, self._values, w)
+        self._w = w.clamp(self._values - INSIDE * self._gap, self._values + INSIDE * self._gap)
         self._shift = torch.zeros_like(self._w)
-        scale = start.params.get("scale")
-        self._change = None if scale is None else torch.zeros_like(scale)
-        self.choice, self._values = Choice(codes, start.params), values
-
-    def weights(self) -> Tensor:
-        """The numbers, float32 [..., N, K], at the present shifts and scales, which become `choice`."""
-        params = self._params()
-        at = per_number(params)
-        codes = self.format.round_at(torch.addcmul(self._w, self._shift, self._gap), at)
-        self.choice, self._values = Choice(codes, params), self.format.decode_at(codes, at)
-        return self.format.ungrouped(self._values, self._shape)
 
     def descend(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
         """Move every shift by `rate` and every scale by the share `scale_rate`, against the sign of its derivative.
 
         gradient: of the loss by what `weights` returned last, [..., N, K].
         """
-        g = self.format.grouped(gradient)
-        if self._change is not None:
-            slope = self.slope(g)
-            self._change.sub_(slope.sign_(), alpha=scale_rate).clamp_(-STRETCH, STRETCH)
-        self._shift.sub_(g.sign(), alpha=rate).clamp_(-REACH, REACH)
+        if self.change is not None:
+            self.change.sub_(self.slope(gradient).sign_(), alpha=scale_rate).clamp_(-STRETCH, STRETCH)
+        self.shift(gradient, rate)
 
-    def slope(self, gradient: Tensor) -> Tensor:
-        """∂loss/∂δ, but for the positive factor 1 + δ, in the scale's shape, from the gradient in the grouped view."""
-        slope: Tensor = torch.linalg.vecdot(gradient.float(), self._values)
-        return slope
+    def shift(self, gradient: Tensor, rate: float) -> None:
+        """Move the shifts alone."""
+        self._shift.sub_(self.format.grouped(gradient).sign(), alpha=rate).clamp_(-REACH, REACH)
 
-    def tensor(self, choice: Choice) -> QTensor:
-        return QTensor(self.format, self.format.ungrouped(choice.codes, self._shape), choice.params)
-
-    def _params(self) -> Params:
-        return self._start if self._change is None else self.format.rescaled(self._start, 1 + self._change)
+    def _codes(self, at: Params) -> Tensor:
+        return self.format.round_at(torch.addcmul(self._w, self._shift, self._gap), at)
 
 
 def per_number(params: Params) -> Params:
     """Params as they broadcast to the grouped view."""
     return {key: p.unsqueeze(-1) for key, p in params.items()}
+
+
+def _still(format: Grouped, params: Params) -> Tensor | None:
+    """δ = 0 for every scale; None where the format does not let them move."""
+    scale = params.get("scale")
+    if scale is None or format.rescaled(params, torch.ones_like(scale)) is params:
+        return None
+    return torch.zeros_like(scale)
 
 
 def _levelled(format: Format) -> Grouped:

@@ -23,7 +23,7 @@ itself, and the activations of one step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,6 +34,7 @@ from fewbits.errors import UnsupportedError
 from fewbits.formats import Float, Format, QTensor
 from fewbits.methods._fake_quant import Choice, Rounding
 from fewbits.methods._products import product_type, products_in
+from fewbits.methods._windows import batches
 from fewbits.methods.base import Solver
 from fewbits.methods.block import Block, Stats
 from fewbits.methods.gptq import GPTQ
@@ -79,8 +80,8 @@ class SignRound(Solver):
         descent = Descent(block, roundings, product_type((q.format for q in start.values()), block.device))
         before = descent.errors_of_all()
         best, least = descent.choices(), 1.0
-        batches = _batches(len(before), self.tokens // len(block.inputs[0]), self.seed)
-        for step, windows in zip(range(self.steps), batches, strict=False):
+        order = batches(len(before), self.tokens // len(block.inputs[0]), self.seed)
+        for step, windows in zip(range(self.steps), order, strict=False):
             share = (1 - step / self.steps) / self.steps
             errors = descent.step(windows, self.rate * share, self.scale_rate * share)
             ratio = float(errors.sum() / before[windows].sum())
@@ -152,18 +153,6 @@ class Descent:
     def _fill(self, name: str, w: Tensor) -> None:
         slot = self._block.slots[name]
         slot.put(self._leaves[slot.parameter], w)
-
-
-def _batches(windows: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Windows for one step after the other, without end: every one once, in an order drawn by lot, then again."""
-    generator = torch.Generator().manual_seed(seed)
-    left: list[int] = []
-    size = min(max(1, size), windows)
-    while True:
-        if len(left) < size:
-            left += torch.randperm(windows, generator=generator).tolist()
-        yield left[:size]
-        left = left[size:]
 
 
 SIGNROUND = (SignRound(),)
