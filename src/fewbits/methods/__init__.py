@@ -14,10 +14,11 @@ from fewbits.methods.base import Finisher, Method, Solver, TensorMethod, Transfo
 from fewbits.methods.block import Block
 from fewbits.methods.gptq import GPTQS
 from fewbits.methods.recipe import Recipe, recipe
+from fewbits.methods.rotate import ROTATE
 from fewbits.methods.rtn import RTN
 from fewbits.methods.smoothquant import SMOOTHQUANT
 
-METHODS: dict[str, Method] = {method.name: method for method in (*RTN, *GPTQS, *AWQ, *SMOOTHQUANT)}
+METHODS: dict[str, Method] = {method.name: method for method in (*RTN, *GPTQS, *AWQ, *SMOOTHQUANT, *ROTATE)}
 
 
 def method_named(name: str) -> Method:

@@ -51,6 +51,9 @@ class Method(ABC):
 class Transform(Method):
     """Rewrites a block so that it computes the same and quantizes better."""
 
+    rewrites: ClassVar[bool] = False
+    """Whether it rewrites the whole model while that is read, and leaves nothing to do in a block."""
+
     @abstractmethod
     def transform(self, block: Block, plan: Mapping[str, Format], stats: Stats) -> None:
         """Change the block's parameters in place. Raises UnsupportedError where the architecture does not allow it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from fewbits.models._modules import model_class
 from fewbits.models.base import Architecture, Piece, Restored, Role, halved_order, interleaved_order
 from fewbits.models.cache import CacheShape, cache_shape
-from fewbits.models.describe import describe
+from fewbits.models.describe import EMBEDDING, OUTPUT, describe
 from fewbits.models.experts import unfused
 from fewbits.models.families import FAMILIES
 from fewbits.models.gguf import (
@@ -23,7 +23,9 @@ from fewbits.models.links import Flow, head_size, links, residual
 from fewbits.models.slots import Link, Slot, Slots
 
 __all__ = [
+    "EMBEDDING",
     "FAMILIES",
+    "OUTPUT",
     "Architecture",
     "CacheShape",
     "Flow",

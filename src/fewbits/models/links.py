@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fewbits.errors import UnsupportedError
-from fewbits.models.describe import BY_NAME
+from fewbits.models.describe import BY_NAME, EMBEDDING, OUTPUT, role_by_name
 from fewbits.models.families import FAMILIES
 from fewbits.models.slots import Link
 
@@ -37,6 +37,7 @@ HEADS = {"mixtral": 32, "qwen2_moe": 16, "qwen3_moe": 32}
 INPUT_NORM = "input_layernorm.weight"
 MLP_NORMS = ("pre_feedforward_layernorm.weight", "post_attention_layernorm.weight")
 """The norm in front of the second half: the first of these that a layer has."""
+FINAL_NORMS = ("model.norm.weight", "norm.weight")
 QKV = re.compile(r"self_attn\.[qkv]_proj\.weight")
 MLP_READERS = re.compile(
     r"(?:mlp|block_sparse_moe)\."
@@ -92,6 +93,9 @@ def residual(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Flow]:
             f"rotate: {between} scales single channels of what a layer adds to the hidden states, so a {kind} model "
             "has no rotated twin; leave rotate out (gptq, awq and signround work)"
         )
+    strange = next((name for name in shapes if role_by_name(name) is None), None)
+    if strange is not None:
+        raise UnsupportedError(f"rotate: it is not known what {strange} of a {kind} model reads; leave rotate out")
     return {name: _flow(name, config, shapes) for name in shapes}
 
 
@@ -148,11 +152,10 @@ def _flow(name: str, config: Mapping[str, Any], shapes: Shapes) -> Flow:
     layer = _LAYER.fullmatch(name)
     if layer is not None:
         return _flow_in_layer(layer["local"], layer["prefix"], config, shapes)
-    if name.endswith("embed_tokens.weight"):
+    if name.endswith(EMBEDDING):
         return Flow("reads")
-    if name == "lm_head.weight":
-        norm = next(n for n in ("model.norm.weight", "norm.weight") if n in shapes)
-        return Flow("reads", norm, _offset(config))
+    if name == OUTPUT:
+        return Flow("reads", next(n for n in shapes if n in FINAL_NORMS), _offset(config))
     return Flow("norm", offset=_offset(config))
 
 
