@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from format_checks import same, squared_error, weights
+from torch.nn.functional import linear
 
 from fewbits.errors import FormatError
 from fewbits.formats import FORMATS, Format, Grouped, QTensor
@@ -31,9 +33,26 @@ def statistics(method: Method, w: torch.Tensor) -> dict[str, torch.Tensor]:
     return {need: value.expand(*w.shape[:-2], *value.shape) for need, value in seen.values().items()}
 
 
+def quick(method: Solver) -> Solver:
+    """A method that goes on for a number of steps, with few of them."""
+    return replace(method, steps=4) if "steps" in {f.name for f in fields(method)} else method
+
+
+def runnable(matrices: Mapping[str, torch.Tensor]) -> Block:
+    """A block whose matrices stand side by side: each reads as many channels of the input as it has columns."""
+
+    def call(x: torch.Tensor, replaced: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        present = {**matrices, **replaced}.values()
+        return torch.cat([linear(x[..., : w.shape[-1]], w.flatten(0, -2)) for w in present], dim=-1)
+
+    windows = inputs(max(w.shape[-1] for w in matrices.values())).split(32)[:4]
+    targets = [call(x, {}) for x in windows]
+    return replace(Block.of(matrices), call=call, inputs=windows, targets=targets)
+
+
 def solved(method: Solver, format: Format, block: Mapping[str, torch.Tensor]) -> dict[str, QTensor]:
     stats = {name: statistics(method, w) for name, w in block.items()}
-    return method.quantize_block(Block.of(block), dict.fromkeys(block, format), stats)
+    return quick(method).quantize_block(runnable(block), dict.fromkeys(block, format), stats)
 
 
 def quantized(method: Solver, **block: torch.Tensor) -> list[dict[str, QTensor]]:

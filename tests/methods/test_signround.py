@@ -9,7 +9,7 @@ from training import draw, mlp
 
 from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import FORMATS, Affine, Format, Grouped, QTensor, format_named
-from fewbits.methods import Block
+from fewbits.methods import METHODS, Block
 from fewbits.methods._fake_quant import Rounding
 from fewbits.methods._products import product_type
 from fewbits.methods._windows import batches
@@ -18,7 +18,7 @@ from fewbits.methods.signround import Descent, SignRound
 
 FAMILIES = list({type(f): f for f in FORMATS.values() if isinstance(f, Grouped)}.values())
 RTN = RoundToNearest()
-QUICK = SignRound(steps=20, tokens=72, start=RTN)
+QUICK = SignRound(steps=20, batch=3, start=RTN)
 
 
 def nearest(w: torch.Tensor, format: Format) -> QTensor:
@@ -126,7 +126,7 @@ def test_from_gptq_it_goes_on() -> None:
         seen = InputStatistics(frozenset(SignRound.needs))
         seen.add(draw(400, block.matrix(name).shape[-1], seed=8))
         stats[name] = seen.values()
-    method = SignRound(steps=20, tokens=72)
+    method = SignRound(steps=20, batch=3)
     assert error(block, method.quantize_block(block, plan, stats)) < error(
         block, method.start.quantize_block(block, plan, stats)
     )
@@ -136,7 +136,7 @@ def test_a_step_too_long_changes_nothing() -> None:
     """Where no step is better than the start, the start is the result."""
     block = mlp()
     plan = dict.fromkeys(block.slots, format_named("int8-g32"))
-    wild = SignRound(steps=3, tokens=48, rate=3.0, scale_rate=3.0, start=RTN)
+    wild = SignRound(steps=3, batch=2, rate=3.0, scale_rate=3.0, start=RTN)
     start, solved = RTN.quantize_block(block, plan, {}), wild.quantize_block(block, plan, {})
     assert error(block, solved) <= error(block, start)
 
@@ -157,7 +157,7 @@ def test_what_is_kept_is_what_was_measured() -> None:
 def test_the_same_twice_and_another_seed() -> None:
     block = mlp()
     plan = dict.fromkeys(block.slots, format_named("int3-g32"))
-    runs = [SignRound(steps=20, tokens=48, start=RTN, seed=seed).quantize_block(block, plan, {}) for seed in (0, 0, 1)]
+    runs = [SignRound(steps=20, batch=2, start=RTN, seed=seed).quantize_block(block, plan, {}) for seed in (0, 0, 1)]
     assert all(torch.equal(runs[0][name].codes, runs[1][name].codes) for name in plan)
     assert not all(torch.equal(runs[0][name].codes, runs[2][name].codes) for name in plan)
 
@@ -191,3 +191,8 @@ def test_fine_formats_are_multiplied_in_float32() -> None:
     assert product_type([format_named("int4-g128"), format_named("fp8-e4m3")], cpu) == torch.float32
     fast = any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
     assert product_type([format_named("int4-g128")], cpu) == (torch.bfloat16 if fast else torch.float32)
+
+
+def test_it_is_registered() -> None:
+    assert isinstance(METHODS["signround"], SignRound)
+    assert METHODS["signround"].calibrated

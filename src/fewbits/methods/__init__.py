@@ -16,9 +16,20 @@ from fewbits.methods.gptq import GPTQS
 from fewbits.methods.recipe import Recipe, recipe
 from fewbits.methods.rotate import ROTATE
 from fewbits.methods.rtn import RTN
+from fewbits.methods.signround import SIGNROUND
 from fewbits.methods.smoothquant import SMOOTHQUANT
 
-METHODS: dict[str, Method] = {method.name: method for method in (*RTN, *GPTQS, *AWQ, *SMOOTHQUANT, *ROTATE)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        *RTN,
+        *GPTQS,
+        *AWQ,
+        *SMOOTHQUANT,
+        *ROTATE,
+        *SIGNROUND,
+    )
+}
 
 
 def method_named(name: str) -> Method:

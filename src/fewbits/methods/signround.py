@@ -16,7 +16,7 @@ Windows differ in how hard they are by more than steps differ in how good they a
 over that of the start on the same windows, and the best step's codes are kept, exactly as they were run; if over all
 windows they are no better than the start, the start is the result.
 
-Cost: a step is a forward and a backward pass of the block over `tokens` tokens, in BF16 where that is fast
+Cost: a step is a forward and a backward pass of the block over `batch` windows, in BF16 where that is fast
 (`_products`), plus a dozen elementwise operations a weight. Memory: 25 bytes a weight of the block beside the block
 itself, and the activations of one step.
 """
@@ -46,13 +46,13 @@ START = GPTQ()
 class SignRound(Solver):
     """Signed gradient descent on the rounding and the scales of a block.
 
-    steps: of descent. tokens: calibration tokens a step, in whole windows. rate, scale_rate: how far a shift (in
+    steps: of descent. batch: windows of calibration text a step. rate, scale_rate: how far a shift (in
     levels) and a scale (relative) can get in all, doubled. start: the solver whose codes and scales are improved.
     seed: of the order of windows.
     """
 
     steps: int = 200
-    tokens: int = 2048
+    batch: int = 8
     rate: float = 1.0
     scale_rate: float = 0.2
     start: Solver = START
@@ -66,6 +66,10 @@ class SignRound(Solver):
     def name(self) -> str:
         return "signround"
 
+    @property
+    def windows_run(self) -> float:
+        return 3.0 * self.steps * self.batch
+
     @torch.no_grad()
     def quantize_block(self, block: Block, plan: Mapping[str, Format], stats: Stats) -> dict[str, QTensor]:
         """Raises UnsupportedError for a block that cannot be run on calibration text."""
@@ -78,9 +82,9 @@ class SignRound(Solver):
     def _trained(self, block: Block, start: Mapping[str, QTensor]) -> dict[str, QTensor]:
         roundings = {name: Rounding(block.matrix(name), q) for name, q in start.items()}
         descent = Descent(block, roundings, product_type((q.format for q in start.values()), block.device))
-        before = descent.errors_of_all()
+        before = descent.errors_of_all(self.batch)
         best, least = descent.choices(), 1.0
-        order = batches(len(before), self.tokens // len(block.inputs[0]), self.seed)
+        order = batches(len(before), self.batch, self.seed)
         for step, windows in zip(range(self.steps), order, strict=False):
             share = (1 - step / self.steps) / self.steps
             errors = descent.step(windows, self.rate * share, self.scale_rate * share)
@@ -88,7 +92,7 @@ class SignRound(Solver):
             if ratio < least:
                 best, least = descent.last, ratio
         descent.put(best)
-        if not float(descent.errors_of_all().sum()) < float(before.sum()):
+        if not float(descent.errors_of_all(self.batch).sum()) < float(before.sum()):
             return dict(start)
         return {name: rounding.tensor(best[name]) for name, rounding in roundings.items()}
 
@@ -120,9 +124,10 @@ class Descent:
             y = self._block.call(x, self._leaves)
         return (y.float() - target).square().mean((1, 2))
 
-    def errors_of_all(self) -> Tensor:
-        """The same for every window, one at a time: no more memory than a step takes."""
-        return torch.cat([self.errors([i]) for i in range(len(self._block.inputs))]).cpu()
+    def errors_of_all(self, batch: int) -> Tensor:
+        """The same for every window, so many at a time."""
+        windows = range(len(self._block.inputs))
+        return torch.cat([self.errors(windows[i : i + batch]) for i in windows[::batch]]).cpu()
 
     def step(self, windows: Sequence[int], rate: float, scale_rate: float) -> Tensor:
         """One step of descent on these windows; their errors before it."""
