@@ -18,6 +18,7 @@ import torch
 from tiny import save_model
 
 import fewbits
+from fewbits.checkpoint import open_checkpoint
 from fewbits.errors import OutputError, QualityError, UnsupportedError
 from fewbits.evals import Windows
 from fewbits.pipeline import _calibrate
@@ -231,3 +232,47 @@ def test_activations_hold_what_was_put(tmp_path: Path, on_disk: bool) -> None:
     assert [(start, len(batch)) for start, batch in kept.batches(2)] == [(0, 2), (2, 2), (4, 1)]
     kept.close()
     assert not (tmp_path / "states").exists()
+
+
+def test_inputs_rounded_as_they_come(deep: Path, tmp_path: Path) -> None:
+    """Dynamic scales need no text; the ledger and the files agree on what is rounded."""
+    out = tmp_path / "out"
+    made = fewbits.quantize(deep, out, format="int8", inputs="int8-token")
+    assert made.calibration is None
+    assert {t.inputs for t in made.tensors if t.fate == "quantized"} == {"int8-token"}
+    assert fewbits.verify(out, against=deep).passed
+
+
+@pytest.mark.parametrize("kind", ["compressed-tensors", "fewbits"])
+def test_static_scales_and_a_cache_in_8_bits(deep: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    made = fewbits.quantize(
+        deep, out, format="int8", inputs="int8-static", cache="fp8", kind=kind, calibration=calibration()
+    )
+    scales = {t.name for t in made.tensors if t.source == "calibration"}
+    assert len(scales) == 6 * (7 + 2)
+    assert "model.layers.5.self_attn.k_scale" in scales
+    assert fewbits.verify(out, against=deep).passed
+
+
+def test_a_static_scale_is_the_observers(deep: Path, tmp_path: Path) -> None:
+    """By hand for the first layer's queries: the largest input over the calibration windows, over 127."""
+    out = tmp_path / "out"
+    fewbits.quantize(
+        deep, out, format="int8", inputs="int8-static", kind="fewbits", calibration=calibration(observer="minmax")
+    )
+    model = fewbits.load(deep)
+    seen: list[float] = []
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    layer.register_forward_pre_hook(lambda _, args: seen.append(float(args[0].abs().max())))
+    with torch.inference_mode():
+        model(input_ids=text().ids[:6])
+    scale = open_checkpoint(out)[1].read("model.layers.0.self_attn.q_proj.input_scale").codes
+    assert float(scale) == pytest.approx(max(seen) / 127, rel=1e-6)
+
+
+def test_inputs_that_cannot_be_rounded(deep: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no layer's inputs can be rounded to int8-token"):
+        fewbits.quantize(deep, tmp_path / "out", format="int4-g32", inputs="int8-token")
+    with pytest.raises(UnsupportedError, match="it can be int8 or fp8"):
+        fewbits.quantize(deep, tmp_path / "out", format="int8", cache="int4")

@@ -32,6 +32,13 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--method", default="rtn", help="how codes are chosen (see `fewbits methods`); several are joined by +"
     )
     parser.add_argument(
+        "--inputs",
+        metavar="FORMAT",
+        help="round inputs of linear layers too, so that products run on 8 bits: int8-token, int8-tensor, fp8-token "
+        "(scales computed for each input), int8-static, fp8-static (scales from calibration text)",
+    )
+    parser.add_argument("--kv-cache", choices=("int8", "fp8"), help="scales for keys and values in 8 bits, from text")
+    parser.add_argument(
         "--vocabulary",
         metavar="FORMAT",
         help="of embeddings and output projection; by default kept in a folder, quantized in GGUF",
@@ -65,6 +72,12 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--windows", type=int, default=128, help="of text to calibrate on (default %(default)s)")
     group.add_argument("--length", type=int, default=256, help="tokens in a window (default %(default)s)")
+    group.add_argument(
+        "--observer",
+        choices=("minmax", "percentile", "mse"),
+        default="percentile",
+        help="how static scales of inputs are found (default %(default)s)",
+    )
     group.add_argument("--device", default="cpu", help="where blocks are solved: cpu, cuda (default %(default)s)")
     group.add_argument(
         "--states-memory",
@@ -90,6 +103,7 @@ def run(args: argparse.Namespace) -> Quantization:
         windows=args.windows,
         length=args.length,
         device=args.device,
+        observer=args.observer,
         memory=int(args.states_memory * 1e9),
         limit=args.max_divergence,
     )
@@ -102,6 +116,8 @@ def run(args: argparse.Namespace) -> Quantization:
             method=args.method,
             calibration=calibration,
             weigh=args.calibration is not None,
+            inputs=args.inputs,
+            cache=args.kv_cache,
             kind=args.kind,
             vocabulary=args.vocabulary,
             overrides=dict(args.override),

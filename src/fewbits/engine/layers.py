@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint import Reader
+from fewbits.engine.cache import attentions
 from fewbits.engine.loading import Placement, assign, placements, refuse_unexpected, tie_parameters, values
 from fewbits.engine.skeleton import configuration, is_causal, skeleton
 from fewbits.engine.weights import Weight
@@ -75,6 +76,15 @@ class LayeredModel:
             for placement in self._placements
             for pattern, weight in placement.sources
         }
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """config.json, as the checkpoint has it."""
+        return self._reader.config
+
+    def attentions(self, index: int) -> dict[str, nn.Module]:
+        """Name -> attention of a layer that keeps keys and values."""
+        return {f"{self.layers[index]}.{name}": module for name, module in attentions(self._layers[index]).items()}
 
     def load(self, index: int) -> nn.Module:
         """A layer with its weights, float32, on the device; they are read anew at every call."""

@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewbits.checkpoint.activations import INPUT_SCALE, cache_scales
 from fewbits.engine import LayeredModel
-from fewbits.formats import Format, QTensor
+from fewbits.engine.cache import watched_caches
+from fewbits.formats import ActivationFormat, Format, QTensor
 from fewbits.methods.block import Block
 from fewbits.methods.recipe import Recipe
-from fewbits.models import Slot
+from fewbits.models import Slot, links
 from fewbits.pipeline._activations import Activations
-from fewbits.stats import Collector, InputStatistics, Recorder, Site
+from fewbits.stats import Collector, InputStatistics, Recorder, Site, observer_named
 
 BATCH = 2048  # tokens that run through a block at a time
 
@@ -35,12 +37,30 @@ class SolvedBlock:
 
     matrices: by the output's names, rows in the output's order. changed: parameters that a transform rewrote and the
     plan keeps in floating point, by the running model's names, in their own dtype. errors: ‖w − ŵ‖ / ‖w‖ of each
-    matrix, w as the transforms left it.
+    matrix, w as the transforms left it. scales: static scales of inputs and of the key-value cache, float32 [1], by
+    their entries' names.
     """
 
     matrices: Mapping[str, QTensor]
     changed: Mapping[str, Tensor]
     errors: Mapping[str, float]
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What is rounded besides weights. inputs: matrix -> what its inputs become; cache: keys and values; observer: how
+    static scales are found.
+    """
+
+    inputs: Mapping[str, ActivationFormat] = field(default_factory=dict)
+    cache: ActivationFormat | None = None
+    observer: str = "percentile"
+
+    @property
+    def observed(self) -> bool:
+        """Whether any scale has to be found on text."""
+        return self.cache is not None or any(format.static for format in self.inputs.values())
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,7 @@ class Work:
     slots: Mapping[str, Slot]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    rounded: Rounded = field(default_factory=Rounded)
 
 
 class Streams:
@@ -110,9 +131,11 @@ def solve_block(work: Work, index: int, streams: Streams) -> SolvedBlock:
     matrices = solver.quantize_block(block, local_formats(work, block), stats)
     del stats
     errors = {name: _insert(block, name, q) for name, q in matrices.items()}
-    _advance_quantized(block, streams)
+    scales = _observed(work, index, block, streams)
+    if streams.held is not None:
+        advance(block, streams.held, streams.batch)
     work.model.drop(index)
-    return SolvedBlock(matrices, changed, errors)
+    return SolvedBlock(matrices, changed, errors, scales)
 
 
 @torch.no_grad()
@@ -122,7 +145,9 @@ def replay_block(work: Work, index: int, streams: Streams, solved: SolvedBlock) 
     if streams.original is not None:
         advance(block, streams.original, streams.batch)
     restore(block, solved)
-    _advance_quantized(block, streams)
+    for stream in (streams.quantized, streams.held):
+        if stream is not None:
+            advance(block, stream, streams.batch)
     work.model.drop(index)
 
 
@@ -143,6 +168,7 @@ def open_block(work: Work, index: int, streams: Streams | None = None) -> Block:
         for matrix, slot in work.slots.items()
         if slot.parameter.startswith(prefix)
     }
+    shapes = {local: tuple(p.shape) for local, p in module.named_parameters()}
     return Block.around(
         name,
         module,
@@ -150,6 +176,7 @@ def open_block(work: Work, index: int, streams: Streams | None = None) -> Block:
         partial(work.model.run, index),
         inputs=() if streams is None else streams.quantized,
         targets=() if streams is None or streams.original is None else streams.original,
+        links=links(work.model.values, shapes),
     )
 
 
@@ -167,10 +194,33 @@ def advance(block: Block, stream: Activations, batch: int) -> None:
         stream.put(start, block.run(states.to(block.device)))
 
 
-def _advance_quantized(block: Block, streams: Streams) -> None:
-    for stream in (streams.quantized, streams.held):
-        if stream is not None:
-            advance(block, stream, streams.batch)
+def _observed(work: Work, index: int, block: Block, streams: Streams) -> dict[str, Tensor]:
+    """Move the stream of quantized blocks on, and find the static scales of what passes, by their entries' names."""
+    rounded = work.rounded
+    if not rounded.observed:
+        advance(block, streams.quantized, streams.batch)
+        return {}
+    factory = observer_named(rounded.observer)
+    collector = Collector(_watched(block), (), tokens=streams.ids.numel(), observer=factory)
+    caches = {module: (name, factory(), factory()) for name, module in work.model.attentions(index).items()}
+    with collector, watched_caches({module: (k.add, v.add) for module, (_, k, v) in caches.items()}):
+        advance(block, streams.quantized, streams.batch)
+    sites, scales = collector.statistics(), dict[str, Tensor]()
+    for matrix, slot in block.slots.items():
+        format = rounded.inputs.get(matrix)
+        observer = sites[Site(slot.parameter)].observer if format is not None and format.static else None
+        if format is not None and observer is not None:
+            scales[scale_name(matrix)] = observer.scale(format)
+    for name, *observers in caches.values():
+        if rounded.cache is not None:
+            for entry, observer in zip(cache_scales(name, rounded.cache), observers, strict=True):
+                scales[entry.name] = observer.scale(rounded.cache)
+    return scales
+
+
+def scale_name(matrix: str) -> str:
+    """The entry of a matrix's static input scale."""
+    return matrix.removesuffix(".weight") + INPUT_SCALE
 
 
 def measure(block: Block, needs: Sequence[str], streams: Streams) -> dict[str, dict[str, Tensor]]:

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from fewbits.checkpoint import Reader
-from fewbits.engine import LayeredModel, load
+from fewbits.engine import LayeredModel
 from fewbits.errors import UnsupportedError
-from fewbits.evals import Windows, model_identity, read_windows, self_text
+from fewbits.evals import Windows, calibration_windows, model_identity
 from fewbits.formats import Float
-from fewbits.methods.recipe import Recipe
-from fewbits.models import Piece, Slot
+from fewbits.models import Slot
 from fewbits.pipeline._activations import Activations
 from fewbits.pipeline._blocks import Streams, Work, advance, open_block, replay_block, restore, solve_block
 from fewbits.pipeline._foresight import foresee, needs_original
@@ -28,7 +26,6 @@ from fewbits.pipeline._job import Job
 from fewbits.pipeline._journal import Journal
 from fewbits.pipeline._memory import give_back_free_memory
 from fewbits.pipeline._solved import Overlay, Solved
-from fewbits.plan.rules import Plan
 from fewbits.results import CalibrationReport, Estimate
 
 Progress = Callable[[int, int, str], None]
@@ -43,6 +40,7 @@ class Calibration:
     `length` tokens are calibrated on, `held_out` more are only looked at. memory: bytes of hidden states in memory;
     more of them go to a file beside the output. limit: largest divergence from the original on the held-out windows,
     nats per token.
+    observer: how static scales of inputs are found (minmax, percentile, mse).
     """
 
     text: str | Path | Windows = "self"
@@ -52,6 +50,7 @@ class Calibration:
     seed: int = 0
     device: str = "cpu"
     memory: int = 4 << 30
+    observer: str = "percentile"
     limit: float = 1.0
 
 
@@ -74,8 +73,9 @@ class Ready:
         """Whatever decides the output's bytes."""
         return {
             "source": model_identity(job.source),
-            "output": {entry.name: entry.format.name for entry in job.entries},
+            "output": {entry.name: f"{entry.format} {entry.inputs or ''}".strip() for entry in job.entries},
             "method": repr(job.recipe),
+            "observer": self.calibration.observer if job.rounded.observed else None,
             "calibration": self.windows.digest,
             "versions": {name: version(name) for name in ("fewbits", "torch", "transformers")},
         }
@@ -92,7 +92,7 @@ class Ready:
 
 def make_ready(job: Job, calibration: Calibration) -> Ready:
     """Read (or write) the text and find out what solving the blocks will take."""
-    work, entries = make_work(job.reader, job.pieces, job.plan, job.recipe, calibration)
+    work, entries = make_work(job, calibration)
     windows, held = read_text(job.reader, calibration)
     need = foresee(work, windows.ids, 0 if held is None else len(held.ids), calibration.memory)
     return Ready(calibration, work, entries, windows, held, need)
@@ -120,23 +120,22 @@ def solve(job: Job, ready: Ready, progress: Progress | None) -> Iterator[Job]:
         gc.collect()
         give_back_free_memory()
         solved = Solved(journal, SOLVED, transformed=bool(work.recipe.transforms))
-        changed = changed_entries(journal, ready.entries, len(work.model.layers))
+        changed = {ready.entries[name]: value for name, value in journal.changed(SOLVED).items()}
         reader = Overlay(job.reader, changed) if changed else job.reader
         yield replace(job, solved=solved, reader=reader, calibrated=ready.report(divergence))
         journal.remove()
 
 
-def make_work(
-    reader: Reader, pieces: tuple[Piece, ...], plan: Plan, recipe: Recipe, calibration: Calibration
-) -> tuple[Work, dict[str, str]]:
+def make_work(job: Job, calibration: Calibration) -> tuple[Work, dict[str, str]]:
     """What the blocks are made of; and for each parameter of the running model its entry in the checkpoint.
 
     Raises UnsupportedError if no matrix to be quantized lies in a block.
     """
+    reader, plan = job.reader, job.plan
     model = LayeredModel(reader, calibration.device)
     places = model.slots()
     slots: dict[str, Slot] = {}
-    for piece in pieces:
+    for piece in job.pieces:
         slot = places.get(piece.source)
         if slot is not None and model.layer_of(slot.parameter) is not None and plan[piece.name].quantized:
             slots[piece.name] = slot.narrowed(piece)
@@ -147,8 +146,10 @@ def make_work(
     entries = {slot.parameter: name for name, slot in places.items() if slot == Slot(slot.parameter)}
     dtypes = {parameter: _dtype(reader, name) for parameter, name in entries.items()}
     formats = {name: plan[name].format for name in slots}
-    shapes = {piece.name: piece.shape for piece in pieces if piece.name in slots}
-    return Work(model, recipe, formats, slots, shapes, dtypes), entries
+    shapes = {piece.name: piece.shape for piece in job.pieces if piece.name in slots}
+    return Work(
+        model, job.recipe, formats, slots, shapes, dtypes, replace(job.rounded, observer=calibration.observer)
+    ), entries
 
 
 def _dtype(reader: Reader, name: str) -> torch.dtype:
@@ -168,10 +169,8 @@ def read_text(reader: Reader, calibration: Calibration) -> tuple[Windows, Window
 def _windows(path: Path, calibration: Calibration, wanted: int) -> Windows:
     if isinstance(calibration.text, Windows):
         return calibration.text
-    if calibration.text == "self":
-        return self_text(load(path, device=calibration.device), wanted, calibration.length, calibration.seed)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return read_windows(Path(calibration.text), tokenizer, wanted, calibration.length)
+    text, length = calibration.text, calibration.length
+    return calibration_windows(text, path, wanted, length, seed=calibration.seed, device=calibration.device)
 
 
 def _solve_all(
@@ -201,11 +200,3 @@ def _solve_all(
             guard.check(index, streams.held, redo)
         give_back_free_memory()
     return None if guard is None else guard.divergence
-
-
-def changed_entries(journal: Journal, entries: Mapping[str, str], blocks: int) -> dict[str, torch.Tensor]:
-    """Entries of the checkpoint that transforms changed and the plan keeps, with their numbers."""
-    changed: dict[str, torch.Tensor] = {}
-    for index in range(blocks):
-        changed |= {entries[name]: value for name, value in journal.changed(SOLVED, index).items()}
-    return changed

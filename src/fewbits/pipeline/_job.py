@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewbits.checkpoint import KINDS, Entry, Kind, Reader
+from fewbits.checkpoint.activations import cache_scales, input_scale
+from fewbits.engine import LayeredModel
 from fewbits.errors import UnsupportedError
-from fewbits.formats import Float, Format
+from fewbits.formats import ActivationFormat, Float, Format, activation_named
 from fewbits.methods import METHODS, Recipe, TensorMethod, recipe_named
-from fewbits.models import Architecture, Piece, describe, gguf_dropped, gguf_extras, gguf_metadata
+from fewbits.models import Architecture, Piece, Role, describe, gguf_dropped, gguf_extras, gguf_metadata
+from fewbits.pipeline._blocks import Rounded
 from fewbits.pipeline._solved import Solved
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, require_ties
 from fewbits.plan.rules import Plan, Rules, parse
@@ -41,6 +44,8 @@ class Job:
     dropped: Mapping[str, str]  # parameters that the file has no need of: name -> reason
     recipe: Recipe
     method: TensorMethod  # of what is not solved block by block
+    rounded: Rounded
+    scales: tuple[Entry, ...] = ()  # static scales, which the blocks are to find
     solved: Solved | None = None
     calibrated: CalibrationReport | None = None
 
@@ -55,12 +60,15 @@ def prepare(
     vocabulary: str | Format | None,
     overrides: Mapping[str, str | Format] | None,
     pretokenizer: str | None,
+    inputs: str | None,
+    cache: str | None,
 ) -> Job:
     """Open the source and decide every tensor's fate; nothing is written."""
     source, out = local_folder(model), Path(out)
     reader = open_source(source)
     wanted = parse(format)
-    target = choose_kind(out, wanted, kind)
+    rounding = None if inputs is None else activation_named(inputs)
+    target = choose_kind(out, wanted, kind, rounding)
     architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     require_ties(reader, architecture.tied)
     pieces = tuple(cut(target, architecture, reader))
@@ -79,16 +87,66 @@ def prepare(
     recipe = recipe_named(method) if isinstance(method, str) else method
     streamed = recipe.solver if recipe.streams else METHODS["rtn"]
     assert isinstance(streamed, TensorMethod)
-    entries = (
-        *(Entry(piece.name, piece.shape, plan[piece.name].format) for piece in pieces),
-        *(Entry(name, (len(values),), FP32) for name, values in extras.items()),
-    )
+    tensors = tuple(_entry(piece, plan, target, rounding) for piece in pieces)
+    if rounding is not None and not any(entry.inputs for entry in tensors):
+        raise UnsupportedError(_refused(tensors, target, rounding))
+    rounded = Rounded({e.name: e.inputs for e in tensors if e.inputs}, None if cache is None else cache_named(cache))
+    scales = (*filter(None, map(input_scale, tensors)), *_cache_entries(reader, rounded))
+    entries = (*tensors, *(Entry(name, (len(values),), FP32) for name, values in extras.items()), *scales)
     return Job(
-        source, out, reader, architecture, target, pieces, plan, entries, metadata, extras, dropped, recipe, streamed
+        source=source,
+        out=out,
+        reader=reader,
+        architecture=architecture,
+        kind=target,
+        pieces=pieces,
+        plan=plan,
+        entries=entries,
+        metadata=metadata,
+        extras=extras,
+        dropped=dropped,
+        recipe=recipe,
+        method=streamed,
+        rounded=rounded,
+        scales=scales,
     )
 
 
-def choose_kind(out: Path, format: Format, kind: str | None) -> Kind:
+def _entry(piece: Piece, plan: Plan, kind: Kind, rounding: ActivationFormat | None) -> Entry:
+    """The entry of a piece; its inputs are rounded if they can be (those of experts cannot)."""
+    entry = Entry(piece.name, piece.shape, plan[piece.name].format)
+    if rounding is None or piece.role is not Role.LINEAR or not plan[piece.name].quantized:
+        return entry
+    with_inputs = replace(entry, inputs=rounding)
+    return with_inputs if kind.admits(with_inputs) is None else entry
+
+
+def _refused(entries: tuple[Entry, ...], kind: Kind, rounding: ActivationFormat) -> str:
+    """Why no layer's inputs can be rounded."""
+    first = next(entry for entry in entries if len(entry.shape) == 2)
+    quantized = next((entry for entry in entries if not isinstance(entry.format, Float)), first)
+    return f"no layer's inputs can be rounded to {rounding}: {kind.admits(replace(quantized, inputs=rounding))}"
+
+
+def _cache_entries(reader: Reader, rounded: Rounded) -> list[Entry]:
+    """The scales of every attention's keys and values."""
+    if rounded.cache is None:
+        return []
+    model = LayeredModel(reader)
+    names = [name for index in range(len(model.layers)) for name in model.attentions(index)]
+    if not names:
+        raise UnsupportedError(f"{reader.path}: no attention of it keeps keys and values that could be rounded")
+    return [entry for name in names for entry in cache_scales(name, rounded.cache)]
+
+
+def cache_named(name: str) -> ActivationFormat:
+    """The format of a key-value cache: int8 or fp8. Raises UnsupportedError for anything else."""
+    if name not in ("int8", "fp8"):
+        raise UnsupportedError(f"a key-value cache of '{name}': it can be int8 or fp8 (vLLM runs fp8 only)")
+    return activation_named(f"{name}-static")
+
+
+def choose_kind(out: Path, format: Format, kind: str | None, inputs: ActivationFormat | None = None) -> Kind:
     """The kind asked for, or GGUF by the output's name, or the first folder kind that can hold the format."""
     if kind is not None:
         if kind not in KINDS:
@@ -96,5 +154,6 @@ def choose_kind(out: Path, format: Format, kind: str | None) -> Kind:
         return KINDS[kind]
     if out.suffix == ".gguf":
         return KINDS["gguf"]
-    probe = Entry("model.layers.0.mlp.up_proj.weight", (4096, 4096), format)
-    return next(KINDS[name] for name in FOLDERS if KINDS[name].admits(probe) is None)
+    probe = Entry("model.layers.0.mlp.up_proj.weight", (4096, 4096), format, inputs)
+    fitting = [KINDS[name] for name in FOLDERS if KINDS[name].admits(probe) is None]
+    return fitting[0] if fitting else KINDS["fewbits"]  # which says why it cannot

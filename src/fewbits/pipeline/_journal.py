@@ -75,6 +75,7 @@ class Journal:
     def save(self, stage: str, index: int, block: SolvedBlock) -> None:
         """Keep a block; when this returns it is on the disk."""
         arrays = {f"changed {name}": value for name, value in block.changed.items()}
+        arrays |= {f"scale {name}": value for name, value in block.scales.items()}
         for name, q in block.matrices.items():
             arrays |= {f"{key} {name}": array.contiguous().cpu() for key, array in q.pack().items()}
         facts = {name: {"shape": q.shape, "error": block.errors[name]} for name, q in block.matrices.items()}
@@ -88,9 +89,10 @@ class Journal:
 
     def load(self, stage: str, index: int) -> SolvedBlock:
         """A block that `save` kept."""
-        names, changed = self._matrices(stage, index), self.changed(stage, index)
+        names, changed = self._matrices(stage, index), self._kept(stage, index, "changed ")
         matrices = {name: self._read(self._file(stage, index), name, facts, None) for name, facts in names.items()}
-        return SolvedBlock(matrices, changed, {name: facts["error"] for name, facts in names.items()})
+        errors = {name: facts["error"] for name, facts in names.items()}
+        return SolvedBlock(matrices, changed, errors, self._kept(stage, index, "scale "))
 
     def index(self, stage: str) -> dict[str, tuple[int, float]]:
         """Matrix -> the block that holds it, and its relative error."""
@@ -100,10 +102,13 @@ class Journal:
             for name, facts in self._matrices(stage, i).items()
         }
 
-    def changed(self, stage: str, index: int) -> dict[str, Tensor]:
-        """Parameters of a block that a transform changed, by the running model's names."""
-        with safe_open(self._file(stage, index), "pt") as file:
-            return {key[8:]: file.get_tensor(key) for key in file.keys() if key.startswith("changed ")}  # noqa: SIM118
+    def changed(self, stage: str) -> dict[str, Tensor]:
+        """Parameters that a transform changed and the plan keeps, of all blocks, by the running model's names."""
+        return self._all(stage, "changed ")
+
+    def scales(self, stage: str) -> dict[str, Tensor]:
+        """Static scales of all blocks, by their entries' names."""
+        return self._all(stage, "scale ")
 
     def read(self, stage: str, index: int, name: str, rows: slice | None = None) -> QTensor:
         """A matrix, or some of its rows where its format is rowwise."""
@@ -112,6 +117,17 @@ class Journal:
     def remove(self) -> None:
         """Forget everything: the output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _all(self, stage: str, prefix: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for index in range(self.finished(stage)):
+            found |= self._kept(stage, index, prefix)
+        return found
+
+    def _kept(self, stage: str, index: int, prefix: str) -> dict[str, Tensor]:
+        with safe_open(self._file(stage, index), "pt") as file:
+            names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            return {key.removeprefix(prefix): file.get_tensor(key) for key in names}
 
     def _file(self, stage: str, index: int) -> Path:
         return self.folder / f"{stage}-{index:05}.safetensors"

@@ -32,6 +32,8 @@ def quantize(
     method: str | Recipe = "rtn",
     calibration: str | Path | Calibration | None = None,
     weigh: bool | None = None,
+    inputs: str | None = None,
+    cache: str | None = None,
     kind: str | None = None,
     vocabulary: str | Format | None = None,
     overrides: Mapping[str, str | Format] | None = None,
@@ -48,6 +50,8 @@ def quantize(
     method: a name, several joined by + (`rotate+gptq`), or a Recipe. calibration: the text that methods which measure
     inputs run on, a file or `self` (written by the model; the default for them); weigh: whether a method that
     can do without runs on it too, to weigh errors by what they do to outputs (None: if a calibration is given).
+    inputs: what the inputs of linear layers are rounded to as the model runs (`int8-token`, `fp8-static` …; see
+    `formats.ACTIVATIONS`); cache: `int8` or `fp8` for keys and values.
     overrides: regular expression -> format (or "keep"), for tensors of the output whose name it is found in.
     kind: a name from `checkpoint.KINDS`, by default the first that holds the format. pretokenizer: llama.cpp's name
     of a pre-tokenizer that fewbits does not know (GGUF only). prove: reopen the files with an independent decoder and
@@ -64,13 +68,15 @@ def quantize(
         vocabulary=vocabulary,
         overrides=overrides,
         pretokenizer=pretokenizer,
+        inputs=inputs,
+        cache=cache,
     )
     began = time.monotonic()
     threads = threads or os.cpu_count() or 1
     given = calibration if isinstance(calibration, Calibration) else Calibration(calibration or "self")
     weigh = calibration is not None if weigh is None else weigh
     need = estimate(job.entries, job.method, threads, PART, decoder=job.kind.decoder if prove else None)
-    ready = make_ready(job, given) if weigh or not job.recipe.streams else None
+    ready = make_ready(job, given) if weigh or job.rounded.observed or not job.recipe.streams else None
     whole = need if ready is None else ready.need.then(need)
     check_room(job.out, whole.disk)
     if announce:

@@ -33,6 +33,7 @@ class Solved:
         self._journal, self._stage = journal, stage
         self._index = journal.index(stage)
         self.transformed = transformed
+        self.scales = journal.scales(stage)
 
     def __contains__(self, name: str) -> bool:
         return name in self._index

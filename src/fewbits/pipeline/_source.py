@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint import Kind, Reader, open_checkpoint
+from fewbits.checkpoint.activations import is_scale
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import Float
 from fewbits.models import Architecture, Piece, Role, gguf_pieces, unfused
@@ -47,7 +48,8 @@ def open_source(path: Path) -> Reader:
     if kind.name == "gguf":
         raise UnsupportedError(f"{path} is a GGUF file; quantize from the Hugging Face folder it was made of")
     quantized = next((e for e in reader.entries.values() if not isinstance(e.format, Float)), None)
-    if quantized is not None or "quantization_config" in reader.config:
+    rounded = any(is_scale(entry) for entry in reader.entries.values())
+    if quantized is not None or rounded or "quantization_config" in reader.config:
         what = f"{quantized.name} is {quantized.format}" if quantized else "config.json has a quantization_config"
         raise UnsupportedError(f"{path} is quantized already ({what}); quantize from the original checkpoint")
     return reader

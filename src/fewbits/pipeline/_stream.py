@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fewbits.checkpoint import Writer
+from fewbits.checkpoint import Entry, Writer
 from fewbits.errors import FormatError, LedgerError
 from fewbits.formats import Float, Format, QTensor
 from fewbits.models import Piece
@@ -41,8 +41,11 @@ def run(job: Job, threads: int, progress: Progress | None) -> tuple[TensorReport
     with job.kind.create(job.out, job.entries, job.source, job.metadata) as writer:
         for name, values in job.extras.items():
             writer.write(name, QTensor(FP32, torch.tensor(values), {}))
+        for entry in job.scales:
+            writer.write(entry.name, QTensor(FP32, job.solved.scales[entry.name], {}))  # type: ignore[union-attr]
         reports = stream(job, writer, threads, progress)
         reports |= {name: _extra_report(job, writer, name) for name in job.extras}
+        reports |= {entry.name: _scale_report(job, writer, entry) for entry in job.scales}
         ledger = account(job, reports)
         writer.commit(ledger_document(job, ledger))
     return ledger
@@ -140,6 +143,7 @@ def _report(job: Job, piece: Piece, choice: Choice, error: float, digests: Mappi
         reason=choice.reason,
         digests=digests,
         source=piece.source,
+        inputs=job.rounded.inputs[piece.name].name if piece.name in job.rounded.inputs else None,
     )
 
 
@@ -195,6 +199,20 @@ def _extra_report(job: Job, writer: Writer, name: str) -> TensorReport:
     )
 
 
+def _scale_report(job: Job, writer: Writer, entry: Entry) -> TensorReport:
+    return TensorReport(
+        name=entry.name,
+        fate="kept",
+        shape=entry.shape,
+        format=FP32.name,
+        nbytes=entry.nbytes,
+        source="calibration",
+        reason=f"static scale ({entry.inputs}), found on the calibration text",
+        digests=writer.digests[entry.name],
+        inputs=str(entry.inputs),
+    )
+
+
 def ledger_document(job: Job, ledger: tuple[TensorReport, ...]) -> dict[str, Any]:
     """fewbits.json."""
     return {
@@ -202,6 +220,7 @@ def ledger_document(job: Job, ledger: tuple[TensorReport, ...]) -> dict[str, Any
         "source": str(job.source.name),
         "kind": job.kind.name,
         "method": job.recipe.name,
+        "calibration": None if job.calibrated is None else asdict(job.calibrated),
         "torch": torch.__version__,
         "tensors": [{key: value for key, value in asdict(report).items() if value is not None} for report in ledger],
     }

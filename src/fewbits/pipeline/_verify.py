@@ -26,7 +26,7 @@ from fewbits.checkpoint import Kind, Reader, open_checkpoint
 from fewbits.errors import CheckpointError
 from fewbits.models import Piece, describe
 from fewbits.pipeline._source import cut, local_folder, open_source, read_rows, row_step
-from fewbits.pipeline._stacks import LOGIT_KLD, compare_logits
+from fewbits.pipeline._stacks import compare_logits, logit_limit
 from fewbits.results import Verification
 
 Progress = Callable[[int, int, str], None]
@@ -92,10 +92,9 @@ def verify(
     if logits and not mismatches:
         stack, divergence, note = compare_logits(kind, out)
         notes += [note] if note else []
-        if divergence is not None and not divergence <= LOGIT_KLD[kind.name]:
-            mismatches.append(
-                f"{stack} predicts differently: mean KL divergence {divergence:.2g}, at most {LOGIT_KLD[kind.name]:.0e}"
-            )
+        limit = logit_limit(kind, reader)
+        if divergence is not None and not divergence <= limit:
+            mismatches.append(f"{stack} predicts differently: mean KL divergence {divergence:.2g}, at most {limit:.0e}")
     if kind.decoder is None:
         notes.append(f"no other library reads {kind.name} files: tensors were compared with the source only")
     return Verification(
@@ -116,8 +115,10 @@ def compare_names(ledger: Mapping[str, Any], reader: Reader) -> Iterator[str]:
         yield f"{name}: {'missing from the file' if name in written else 'not in the ledger'}"
     for name in written.keys() & reader.entries.keys():
         entry, line = reader.entries[name], written[name]
-        if (list(entry.shape), entry.format.name) != (list(line["shape"]), line["format"]):
-            yield f"{name}: is {entry.format} {list(entry.shape)}, ledger says {line['format']} {line['shape']}"
+        found = (list(entry.shape), entry.format.name, None if entry.inputs is None else entry.inputs.name)
+        if found != (list(line["shape"]), line["format"], line.get("inputs")):
+            meant = f"{line['format']} {line['shape']}, inputs {line.get('inputs')}"
+            yield f"{name}: is {entry.format} {list(entry.shape)}, inputs {entry.inputs}; the ledger says {meant}"
 
 
 def compare_bytes(ledger: Mapping[str, Any], found: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
