@@ -14,7 +14,7 @@ from tiny import export, read_weights, save_model
 from transformers import AutoModelForCausalLM
 
 from fewbits.checkpoint import open_checkpoint
-from fewbits.engine import load
+from fewbits.engine import LayeredModel, load
 from fewbits.errors import UnsupportedError
 from fewbits.formats import format_named
 from fewbits.methods.rotate import Rotate, Rotation
@@ -108,6 +108,21 @@ def test_gguf_computes_the_same(tmp_path: Path) -> None:
     found = torch.tensor(engine.scores[: IDS.shape[1]]).double()
     engine.close()
     assert deviation(found, logits(model, IDS)[0]) < 1e-2  # llama.cpp keeps keys and values in FP16
+
+
+@torch.no_grad()
+def test_layers_are_read_rotated(tmp_path: Path) -> None:
+    """The overlay is a reader like any other: a layer at a time, hidden states of the same length in another basis."""
+    save_model(tmp_path / "qwen2", "qwen2", tie_word_embeddings=True)
+    plain, twin = LayeredModel(open_checkpoint(tmp_path / "qwen2")[1]), LayeredModel(rotated(tmp_path / "qwen2"))
+    x, y = plain.embed(IDS), twin.embed(IDS)
+    for index in range(len(plain.layers)):
+        plain.load(index)
+        twin.load(index)
+        x, y = plain.run(index, x), twin.run(index, y)
+        assert deviation(y.norm(dim=-1).double(), x.norm(dim=-1).double()) < FLOAT32
+        assert deviation(y.double(), x.double()) > 0.5  # another basis
+    assert deviation(twin.logits(y).double(), plain.logits(x).double()) < FLOAT32
 
 
 def test_rows_are_those_of_the_whole(tmp_path: Path) -> None:
