@@ -276,3 +276,38 @@ def test_inputs_that_cannot_be_rounded(deep: Path, tmp_path: Path) -> None:
         fewbits.quantize(deep, tmp_path / "out", format="int4-g32", inputs="int8-token")
     with pytest.raises(UnsupportedError, match="it can be int8 or fp8"):
         fewbits.quantize(deep, tmp_path / "out", format="int8", cache="int4")
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_a_rotated_model_predicts_the_same(tied: Path, tmp_path: Path, name: str) -> None:
+    """In floating point, with tied weights that come apart; what remains is float32's rounding, ε·√(operations)."""
+    out = tmp_path / name
+    made = fewbits.quantize(tied, out, format="fp32", method="rotate")
+    assert not any(t.fate == "quantized" for t in made.tensors)
+    assert fewbits.verify(out, against=tied, logits=False).passed
+    original, ours = (fewbits.load(path)(input_ids=text().ids).logits for path in (tied, out))
+    assert torch.allclose(ours, original, atol=2e-5 * float(original.abs().max()))
+
+
+def test_transforms_and_a_solver_together(tied: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = fewbits.quantize(tied, out, format="int4-g32", method="rotate+awq+gptq", calibration=calibration())
+    assert made.method == "rotate+awq+gptq"
+    assert {t.transformed for t in made.tensors if t.fate == "quantized"} == {True}
+    found = fewbits.verify(out, against=tied)
+    assert found.passed
+    assert any("exact transform" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("gptq+rtn", "both choose codes"),
+        ("gptq+awq", "the order is transforms, one solver, finishers"),
+        ("gptq+gptq", "both choose codes"),
+        ("nonsense+gptq", "'nonsense' is not known"),
+    ],
+)
+def test_recipes_that_make_no_sense(deep: Path, tmp_path: Path, method: str, said: str) -> None:
+    with pytest.raises(UnsupportedError, match=said):
+        fewbits.quantize(deep, tmp_path / "out", method=method)

@@ -28,8 +28,9 @@ class Recipe:
 
     @property
     def streams(self) -> bool:
-        """Whether tensors can be quantized one by one, as they come out of the file."""
-        return isinstance(self.solver, TensorMethod) and not (self.transforms or self.finishers or self.calibrated)
+        """Whether tensors can be quantized one by one, as they are read."""
+        whole = [transform for transform in self.transforms if not transform.rewrites]
+        return isinstance(self.solver, TensorMethod) and not (whole or self.finishers or self.calibrated)
 
 
 def recipe(text: str, methods: Mapping[str, Method], default: Solver) -> Recipe:

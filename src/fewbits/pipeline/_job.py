@@ -15,8 +15,10 @@ from fewbits.engine import LayeredModel
 from fewbits.errors import UnsupportedError
 from fewbits.formats import ActivationFormat, Float, Format, activation_named
 from fewbits.methods import METHODS, Recipe, TensorMethod, recipe_named
+from fewbits.methods.rotate import Rotate
 from fewbits.models import Architecture, Piece, Role, describe, gguf_dropped, gguf_extras, gguf_metadata
 from fewbits.pipeline._blocks import Rounded
+from fewbits.pipeline._rotated import RotatedReader
 from fewbits.pipeline._solved import Solved
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, require_ties
 from fewbits.plan.rules import Plan, Rules, parse
@@ -71,6 +73,11 @@ def prepare(
     target = choose_kind(out, wanted, kind, rounding)
     architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     require_ties(reader, architecture.tied)
+    recipe = recipe_named(method) if isinstance(method, str) else method
+    for transform in recipe.transforms:
+        if isinstance(transform, Rotate):
+            reader = RotatedReader(reader, transform)
+            architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     pieces = tuple(cut(target, architecture, reader))
     rules = Rules(
         format=wanted,
@@ -84,7 +91,6 @@ def prepare(
     if target.name == "gguf":
         metadata, extras = gguf_metadata(reader.config, source, pre=pretokenizer), gguf_extras(reader.config)
         dropped = gguf_dropped(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
-    recipe = recipe_named(method) if isinstance(method, str) else method
     streamed = recipe.solver if recipe.streams else METHODS["rtn"]
     assert isinstance(streamed, TensorMethod)
     tensors = tuple(_entry(piece, plan, target, rounding) for piece in pieces)

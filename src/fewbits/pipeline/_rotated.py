@@ -54,6 +54,10 @@ class RotatedReader(Reader):
             return QTensor(FP32, self._rotated(name, rows), {})
         return QTensor(FP32, self._from_whole(name, rows), {})
 
+    def rewritten(self, name: str) -> bool:
+        """Whether a parameter is another one than in the source."""
+        return changes(self._flows[name])
+
     def digests(self, name: str) -> dict[str, str]:
         return self._source.digests(self._copies.get(name, name))
 

@@ -9,6 +9,7 @@ import torch
 from fewbits.checkpoint import Reader
 from fewbits.formats import QTensor
 from fewbits.pipeline._journal import Journal
+from fewbits.pipeline._rotated import RotatedReader
 
 
 class Overlay(Reader):
@@ -17,13 +18,20 @@ class Overlay(Reader):
     def __init__(self, reader: Reader, changed: Mapping[str, torch.Tensor]) -> None:
         self.path, self.config, self.entries = reader.path, reader.config, reader.entries
         self.changed = changed
-        self._reader = reader
+        self.below = reader
 
     def read(self, name: str, rows: slice | None = None) -> QTensor:
         if name not in self.changed:
-            return self._reader.read(name, rows)
+            return self.below.read(name, rows)
         value = self.changed[name]
         return QTensor(self.entries[name].format, value if rows is None else value[rows], {})
+
+
+def rewritten(reader: Reader, name: str) -> bool:
+    """Whether a transform made other numbers of a parameter of the source."""
+    if isinstance(reader, Overlay):
+        return name in reader.changed or rewritten(reader.below, name)
+    return isinstance(reader, RotatedReader) and reader.rewritten(name)
 
 
 class Solved:

@@ -24,7 +24,7 @@ from fewbits.formats import Float, Format, QTensor
 from fewbits.models import Piece
 from fewbits.pipeline._job import FP32, Job
 from fewbits.pipeline._memory import give_back_free_memory
-from fewbits.pipeline._solved import Overlay, Solved
+from fewbits.pipeline._solved import Solved, rewritten
 from fewbits.pipeline._source import read_rows, row_step
 from fewbits.plan.rules import Choice
 from fewbits.results import Fate, TensorReport
@@ -128,10 +128,9 @@ def _squares(w: torch.Tensor, part: QTensor) -> tuple[float, float]:
 
 
 def _report(job: Job, piece: Piece, choice: Choice, error: float, digests: Mapping[str, str]) -> TensorReport:
-    changed = choice.quantized or error > 0  # a cast to fewer bits is quantization too
-    if not changed and isinstance(job.reader, Overlay) and piece.source in job.reader.changed:
-        return _folded_report(job, piece, choice, digests)
-    method = job.method.name if choice.quantized else "cast"
+    transformed = rewritten(job.reader, piece.source)
+    changed = choice.quantized or (error > 0 and not transformed)  # a cast to fewer bits is quantization too
+    method = (job.recipe.name if job.recipe.streams else job.method.name) if choice.quantized else "cast"
     return TensorReport(
         name=piece.name,
         fate="quantized" if changed else "kept",
@@ -140,24 +139,11 @@ def _report(job: Job, piece: Piece, choice: Choice, error: float, digests: Mappi
         nbytes=choice.format.nbytes(piece.shape),
         method=method if changed else None,
         error=error if changed else None,
-        reason=choice.reason,
+        reason=f"rewritten by {job.recipe.name}" if transformed and not changed else choice.reason,
         digests=digests,
         source=piece.source,
+        transformed=transformed or None,
         inputs=job.rounded.inputs[piece.name].name if piece.name in job.rounded.inputs else None,
-    )
-
-
-def _folded_report(job: Job, piece: Piece, choice: Choice, digests: Mapping[str, str]) -> TensorReport:
-    return TensorReport(
-        name=piece.name,
-        fate="kept",
-        shape=piece.shape,
-        format=choice.format.name,
-        nbytes=choice.format.nbytes(piece.shape),
-        reason=f"factors of {job.recipe.name} are folded into it",
-        digests=digests,
-        source=piece.source,
-        transformed=True,
     )
 
 
