@@ -13,6 +13,7 @@ from fewbits.methods.awq import AWQ
 from fewbits.methods.base import Finisher, Method, Solver, TensorMethod, Transform
 from fewbits.methods.block import Block
 from fewbits.methods.gptq import GPTQS
+from fewbits.methods.hqq import HQQS
 from fewbits.methods.recipe import Recipe, recipe
 from fewbits.methods.rotate import ROTATE
 from fewbits.methods.rtn import RTN
@@ -23,6 +24,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         *RTN,
+        *HQQS,
         *GPTQS,
         *AWQ,
         *SMOOTHQUANT,
