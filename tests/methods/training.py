@@ -17,12 +17,12 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def mlp(windows: int = 6, length: int = 24, *, drift: float = 0.0) -> Block:
-    """drift: how far its inputs are from those that the targets were made of."""
+def mlp(windows: int = 6, length: int = 24, *, drift: float = 0.0, seed: int = 0) -> Block:
+    """drift: how far its inputs are from those that the targets were made of. seed: of the weights."""
     parameters = {
-        "gate_up": 0.15 * draw(2 * INNER, HIDDEN, seed=1),
-        "down": 0.15 * draw(INNER, HIDDEN, seed=2),  # stored transposed
-        "norm": 1 + 0.1 * draw(HIDDEN, seed=3),
+        "gate_up": 0.15 * draw(2 * INNER, HIDDEN, seed=seed + 1),
+        "down": 0.15 * draw(INNER, HIDDEN, seed=seed + 2),  # stored transposed
+        "norm": 1 + 0.1 * draw(HIDDEN, seed=seed + 3),
     }
 
     def call(x: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -115,8 +116,46 @@ class TensorMethod(Solver):
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """The whole quantized model, as finishers see it: about as much memory as its codes take, and one block.
+
+    blocks: in order. A parameter that consists of quantized matrices alone may be on the meta device, because only its
+    shape is used; the others are as the transforms left them. tensors: of each block, by the names of its matrices.
+    free: of each block, parameters that may be changed, and the type that each is written in.
+    inputs: what the first block reads, windows [T, H]; targets: what the *original's* last block returns for them.
+    logits: predictions [B, T, vocab] made of what the last block returns [B, T, H], differentiable.
+    """
+
+    blocks: Sequence[Block]
+    tensors: Sequence[Mapping[str, QTensor]]
+    free: Sequence[Mapping[str, torch.dtype]]
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    logits: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """What became of it: the same tensors with other params, and the parameters that changed, in their written types.
+
+    before, after: mean divergence from the original on text that was not trained on, in nats a token.
+    """
+
+    tensors: Sequence[Mapping[str, QTensor]]
+    changed: Sequence[Mapping[str, Tensor]]
+    before: float
+    after: float
+
+
 class Finisher(Method):
-    """Works on the whole quantized model. Its contract is the pipeline's, which alone holds a whole model."""
+    """Works on the whole quantized model in the end."""
+
+    runs: ClassVar[bool] = True
+
+    @abstractmethod
+    def finish(self, model: Quantized) -> Finished:
+        """Change params and free parameters, leave codes alone. Never worse on held-out text than what came in."""
 
 
 def _groups(block: Block, plan: Mapping[str, Format], stats: Stats) -> list[list[str]]:

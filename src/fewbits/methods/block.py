@@ -60,7 +60,8 @@ class Block:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.parameters.values())).device
+        """Where it is computed: where its parameters are, but for those without data."""
+        return next(p.device for p in self.parameters.values() if not p.is_meta)
 
     def matrix(self, name: str) -> Tensor:
         """A matrix [N, K] (or [experts, N, K]), float32; it may share the parameter's memory."""
