@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from format_checks import same, weights
@@ -10,7 +12,7 @@ from training import draw, mlp
 from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import FORMATS, Affine, Format, Grouped, QTensor, format_named
 from fewbits.methods import METHODS, Block
-from fewbits.methods._fake_quant import Rounding
+from fewbits.methods._fake_quant import Rescaling, Rounding
 from fewbits.methods._products import product_type
 from fewbits.methods._windows import batches
 from fewbits.methods.rtn import RoundToNearest
@@ -77,28 +79,54 @@ def test_a_shift_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["int4-g32", "int3-asym-g16", "nf4", "fp8-e4m3", "ternary-g64", "q4_0", "q4_1"])
-def test_the_slope_of_a_scale_is_the_derivative(name: str) -> None:
+def test_the_slope_of_a_scale_at_fixed_codes_is_the_derivative(name: str) -> None:
     """Σ g·ŵ over a group against the difference of g·ŵ between two scales near the start, at the same codes."""
     format = format_named(name)
     assert isinstance(format, Grouped)
     w, g = weights(4, 128), draw(4, 128, seed=7)
     start = nearest(w, format)
-    rounding = Rounding(w, start)
+    rescaling = Rescaling(start)
+    rescaling.weights()
     step, values = 1 / 64, []
     for factor in (1 + step, 1 - step):
         params = format.rescaled(start.params, torch.full_like(start.params["scale"], factor))
         values.append(format.grouped(format.decode(start.codes, params) * g).sum(-1))
-    found = rounding.slope(g)
+    found = rescaling.slope(g)
     size = format.grouped((start.dequantize() * g).abs()).sum(-1)  # scales of 16 bits are half a unit (2⁻¹¹) off
     assert torch.all(((values[0] - values[1]) / (2 * step) - found).abs() <= size * 2**-11 / step)
 
 
+@pytest.mark.parametrize("name", ["int4", "int3-asym", "nf4"])
+def test_the_slope_of_a_scale_is_the_derivative_of_many_roundings(name: str) -> None:
+    """Rounding a fine ramp of weights: in the mean over it, ŵ follows w inside the range and the scale outside of it.
+
+    So the straight-through derivative of Σ g·ŵ is the real one, up to the weights that one step of the scale moves over
+    an edge of their cell: less than a level's width of the ramp at every one of the levels.
+    """
+    format = format_named(name)
+    assert isinstance(format, Grouped)
+    wide = replace(format, group="row") if name == "nf4" else format
+    w = torch.linspace(-1, 1, 1 << 16)[None]
+    params = wide.fit(0.8 * w)
+    start = QTensor(wide, wide.round(w, params), params)
+    rounding = Rounding(w, start)
+    rounding.weights()
+    step = 1 / 64
+    near = [wide.rescaled(params, torch.full_like(params["scale"], f)) for f in (1 + step, 1 - step)]
+    sums = [float(wide.decode(wide.round(w, p), p).abs().sum()) for p in near]
+    difference = (sums[0] - sums[1]) / (2 * step)
+    assert abs(float(rounding.slope(w.sign())) / difference - 1) < 0.05
+
+
 def test_scales_move_against_the_slope_and_stay_storable() -> None:
     format = format_named("int4-g32-bf16")
+    assert isinstance(format, Grouped)
     w = weights(4, 64)
     start = nearest(w, format)
     rounding = Rounding(w, start)
-    rounding.descend(start.dequantize(), rate=0.0, scale_rate=0.1)  # the loss falls as the weights shrink
+    rounding.weights()
+    slope = format.ungrouped(rounding._moving(), start.shape)  # so that every group's is a sum of squares
+    rounding.descend(slope, rate=0.0, scale_rate=0.1)
     rounding.weights()
     scale = rounding.choice.params["scale"]
     assert torch.all((scale / start.params["scale"] - 0.9).abs() <= 2**-8)

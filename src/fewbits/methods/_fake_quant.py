@@ -9,13 +9,11 @@ is s₀·(1 + δ): that is the paper's clipping factor, but seen from a scale th
 solver's code and not the nearest one (GPTQ's make up for errors in other columns), w is first moved into that code's
 cell, as little as possible: at v = 0 the codes are the ones that were given.
 
-Rounding has no derivative. For v it is taken as the identity (the straight-through estimate), for δ the codes are taken
-as fixed, which is the derivative almost everywhere:
+Rounding has no derivative. Where codes are trained it is taken as the identity within the range of the levels (the
+straight-through estimate), so a scale moves the levels but not what is rounded to them; where codes are fixed, a number
+is proportional to its scale:
 
-    ∂ŵ/∂v = gap      ∂ŵ/∂δ = ŵ / (1 + δ)
-
-Only the sign of either is used. The straight-through term for the scale, which lets codes follow it, was measured and
-gains nothing once the scale starts from a search.
+    ∂ŵ/∂v = gap      ∂ŵ/∂δ = (ŵ − inside·w) / (1 + δ)      with fixed codes  ∂ŵ/∂δ = ŵ / (1 + δ)
 
 Nothing here knows the format but through `round_at`, `decode_at` and `rescaled`, which are those of the stored tensor:
 what is trained is what the file will hold, to the last bit. Where scales cannot move by themselves (powers of two,
@@ -74,7 +72,7 @@ class Rescaling:
     def slope(self, gradient: Tensor) -> Tensor:
         """∂loss/∂δ from the loss's gradient by what `weights` returned last, in the scale's shape."""
         assert self.change is not None
-        product: Tensor = torch.linalg.vecdot(self.format.grouped(gradient).float(), self._values)
+        product: Tensor = torch.linalg.vecdot(self.format.grouped(gradient).float(), self._moving())
         return product.div_(1 + self.change)
 
     def tensor(self, choice: Choice) -> QTensor:
@@ -83,19 +81,25 @@ class Rescaling:
     def _codes(self, at: Params) -> Tensor:
         return self.choice.codes
 
+    def _moving(self) -> Tensor:
+        """The part of each number that goes along with its scale, grouped view."""
+        return self._values
+
 
 class Rounding(Rescaling):
     """One matrix w, float [..., N, K], on its way from the QTensor `start` to a better one, in codes and scales.
 
-    Takes 13 bytes a weight: w and its shift in float32, the codes, and what they stand for.
+    Takes 17 bytes a weight: w twice and its shift in float32, the codes, and what they stand for.
     """
 
     def __init__(self, w: Tensor, start: QTensor) -> None:
         super().__init__(start)
         self._values = self.format.decode_at(self.choice.codes, per_number(start.params))
         w = self.format.grouped(w.float())
-        self._gap = _gaps(self.format, start.params, self._values, w)
+        low, high = _ends(self.format, start.params)
+        self._gap = _gaps(self.format, low, high, self._values, w)
         self._w = w.clamp(self._values - INSIDE * self._gap, self._values + INSIDE * self._gap)
+        self._inside = self._w.where((w >= low) & (w <= high), 0.0)
         self._shift = torch.zeros_like(self._w)
 
     def descend(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
@@ -113,6 +117,9 @@ class Rounding(Rescaling):
 
     def _codes(self, at: Params) -> Tensor:
         return self.format.round_at(torch.addcmul(self._w, self._shift, self._gap), at)
+
+    def _moving(self) -> Tensor:
+        return self._values - self._inside
 
 
 def per_number(params: Params) -> Params:
@@ -136,11 +143,11 @@ def _levelled(format: Format) -> Grouped:
     return format
 
 
-def _gaps(format: Grouped, params: Params, values: Tensor, w: Tensor) -> Tensor:
+def _gaps(format: Grouped, low: Tensor, high: Tensor, values: Tensor, w: Tensor) -> Tensor:
     """From each value (grouped view) to the next level in w's direction; inward from the last one. Broadcasts to w."""
     assert format.levels is not None
     levels = format.levels.to(w.device)
-    unit = _units(format, params, levels)
+    unit = (high - low) / (levels[-1] - levels[0])
     gaps = levels.diff()
     if bool((gaps == gaps[0]).all()):
         return unit * gaps[0]
@@ -150,11 +157,9 @@ def _gaps(format: Grouped, params: Params, values: Tensor, w: Tensor) -> Tensor:
     return gaps[at.clamp_(0, len(gaps) - 1)] * unit
 
 
-def _units(format: Grouped, params: Params, levels: Tensor) -> Tensor:
-    """|scale| of each group as the format's own arithmetic has it, from the largest and least number it can hold."""
-    numbers = per_number(params)
-    like = max((p for p in numbers.values() if p.is_floating_point()), key=Tensor.numel)
-    low, high = (
-        format.decode_at(format.round_at(torch.full_like(like, end), numbers), numbers) for end in (-1e30, 1e30)
-    )
-    return (high - low).abs() / (levels[-1] - levels[0])
+def _ends(format: Grouped, params: Params) -> tuple[Tensor, Tensor]:
+    """The least and the largest number of each group, by the format's own arithmetic; they broadcast to its view."""
+    at = per_number(params)
+    like = max((p for p in at.values() if p.is_floating_point()), key=Tensor.numel)
+    ends = [format.decode_at(format.round_at(torch.full_like(like, end), at), at) for end in (-1e30, 1e30)]
+    return torch.minimum(*ends), torch.maximum(*ends)

@@ -17,7 +17,7 @@ over that of the start on the same windows, and the best step's codes are kept, 
 windows they are no better than the start, the start is the result.
 
 Cost: a step is a forward and a backward pass of the block over `batch` windows, in BF16 where that is fast
-(`_products`), plus a dozen elementwise operations a weight. Memory: 25 bytes a weight of the block beside the block
+(`_products`), plus a dozen elementwise operations a weight. Memory: 29 bytes a weight of the block beside the block
 itself, and the activations of one step.
 """
 
