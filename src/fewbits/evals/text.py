@@ -5,17 +5,16 @@ Where the tokenizer itself puts a beginning-of-sequence token before a text, eve
 a model has never seen a text without it (llama.cpp does the same); elsewhere a window is nothing but text. The first
 token of a window is context only: a window of n tokens gives n − 1 predictions.
 
-A .jsonl file has one document a line, in its field "text". Documents follow each other with a special token between
-them: the beginning token where the tokenizer uses one, else the end-of-text token.
+The documents of a table (`documents`: .jsonl, .parquet, the hub) follow each other with a special token between them:
+the beginning token where the tokenizer uses one, else the end-of-text token.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,9 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.evals.divergence import require_numbers
+from fewbits.evals.documents import HUB, documents, readable
 
 LENGTH = 256
 WINDOWS = 24
+BATCH = 32
+"""Windows that a model writes at once: more are faster, and their caches take more memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,31 +39,38 @@ class Windows:
     description: str
 
     @property
+    def tokens(self) -> int:
+        return self.ids.numel()
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the tokens and their arrangement."""
         return hashlib.sha256(repr(list(self.ids.shape)).encode() + self.ids.long().numpy().tobytes()).hexdigest()
 
 
 def read_windows(
-    path: Path, tokenizer: PreTrainedTokenizerBase, windows: int = WINDOWS, length: int = LENGTH
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, windows: int = WINDOWS, length: int = LENGTH
 ) -> Windows:
-    """The first `windows` windows of a text (.jsonl: documents; anything else: plain text in UTF-8).
+    """The first `windows` windows of a text: a table as `documents` reads it, or a file of plain text in UTF-8.
 
-    A shorter text gives fewer windows. Raises CheckpointError, with the line's number where there is one, if the file
+    A shorter text gives fewer windows. Raises CheckpointError, with the line's number where there is one, if the text
     cannot be read or does not fill one window.
     """
+    source = str(source)
     begin = beginning(tokenizer)
     step = length - (begin is not None)
-    stream = _stream(path, tokenizer, begin, windows * step)
+    stream = _stream(source, tokenizer, begin, windows * step)
     found = min(windows, len(stream) // step)
     if found == 0:
         raise CheckpointError(
-            f"{path} has {len(stream)} tokens, too few for a window of {length}; give a longer text or shorter windows"
+            f"{source} has {len(stream)} tokens, too few for a window of {length}; give a longer text or shorter "
+            "windows"
         )
     ids = torch.tensor(stream[: found * step]).view(found, step)
     if begin is not None:
         ids = torch.cat([torch.full((found, 1), begin), ids], dim=1)
-    return Windows(ids, f"{path.name}, {found} windows of {length} tokens")
+    name = source if source.startswith(HUB) else Path(source).name
+    return Windows(ids, f"{name}, {found} windows of {length} tokens")
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -70,6 +79,7 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return begin if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else None
 
 
+@torch.no_grad()
 def self_text(
     model: PreTrainedModel,
     windows: int = WINDOWS,
@@ -77,23 +87,33 @@ def self_text(
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Windows:
-    """Text that the model writes by drawing every token from its own distribution, all windows at once.
+    """Text that the model writes by drawing every token from its own distribution, `BATCH` windows at once.
 
     Needs no file, and lies where the model's knowledge lies. The same seed, model, device and dtype give the same text.
     Raises UnsupportedError if the configuration names no token to begin with.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    ids = torch.full((windows, 1), _first_token(model), device=model.device)
-    cache = None
-    with torch.inference_mode():
-        while ids.shape[1] < length:
-            output = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-            logits, cache = output.logits[:, -1].float(), output.past_key_values
-            require_numbers(logits, str(model.name_or_path))
-            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
+    first, parts = _first_token(model), list[Tensor]()
+    for start in range(0, windows, BATCH):
+        count = min(BATCH, windows - start)
+        columns = [torch.full((count, 1), first, device=model.device)]
+        for column in islice(_drawn(model, columns[0], generator), length - 1):
+            columns.append(column)
             if progress is not None:
-                progress(ids.shape[1], length, "text")
-    return Windows(ids.cpu(), f"written by the original (seed {seed}), {windows} windows of {length} tokens")
+                progress(start * length + count * len(columns), windows * length, "text")
+        parts.append(torch.cat(columns, dim=1).cpu())
+    return Windows(torch.cat(parts), f"written by the original (seed {seed}), {windows} windows of {length} tokens")
+
+
+def _drawn(model: PreTrainedModel, tokens: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """The tokens [B, 1] that follow these, one step after the other, without end."""
+    cache = None
+    while True:
+        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        logits, cache = output.logits[:, -1].float(), output.past_key_values
+        require_numbers(logits, str(model.name_or_path))
+        tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        yield tokens
 
 
 def _first_token(model: PreTrainedModel) -> int:
@@ -109,13 +129,14 @@ def _first_token(model: PreTrainedModel) -> int:
     )
 
 
-def _stream(path: Path, tokenizer: PreTrainedTokenizerBase, begin: int | None, needed: int) -> list[int]:
+def _stream(source: str, tokenizer: PreTrainedTokenizerBase, begin: int | None, needed: int) -> list[int]:
     """At least `needed` token ids from the start of the text, or all of it."""
-    if path.suffix != ".jsonl":
-        return _plain(path, tokenizer, needed)
+    found = documents(source)
+    if found is None:
+        return _plain(Path(source), tokenizer, needed)
     between = begin if begin is not None else tokenizer.eos_token_id
     stream: list[int] = []
-    for document in _documents(path):
+    for document in found:
         if stream and between is not None:
             stream.append(between)
         stream += _encode(tokenizer, document)
@@ -139,39 +160,8 @@ def _plain(path: Path, tokenizer: PreTrainedTokenizerBase, needed: int) -> list[
 
 
 def _read(path: Path, characters: int) -> str:
-    with _readable(path), path.open(encoding="utf-8") as file:
+    with readable(path), path.open(encoding="utf-8") as file:
         return file.read(characters)
-
-
-def _documents(path: Path) -> Iterator[str]:
-    with _readable(path), path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _document(path, number, line)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading a text into CheckpointError."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); name an existing text file") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 text ({error.reason}); convert it first") from error
-
-
-def _document(path: Path, number: int, line: str) -> str:
-    try:
-        document = json.loads(line)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}, line {number}: not JSON ({error}); a .jsonl file has one object a line"
-        ) from error
-    text = document.get("text") if isinstance(document, dict) else None
-    if not isinstance(text, str):
-        raise CheckpointError(f'{path}, line {number}: has no string "text"; each line is {{"text": "…"}}')
-    return text
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

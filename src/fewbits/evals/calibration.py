@@ -1,0 +1,43 @@
+"""Text to calibrate on: what the model writes itself, or any text that `read_windows` reads.
+
+`self` is the default, because it needs no download and cannot be unlike what the model knows: the method of Williams
+and Aletras ("Self-calibration for language model quantization and pruning", 2024) and of LLM-QAT (Liu et al. 2023,
+section 3.1). Every window starts with the token that begins a text, and every token is drawn at temperature 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from fewbits.engine import load
+from fewbits.evals.text import LENGTH, Windows, read_windows, self_text
+
+WINDOWS = 128
+SELF = "self"
+
+
+def calibration_windows(
+    source: str | Path,
+    model: str | Path,
+    windows: int = WINDOWS,
+    length: int = LENGTH,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Windows:
+    """Up to `windows` windows of `length` tokens from a source: `self`, or what `read_windows` takes.
+
+    model: folder of the original, whose tokenizer is used. Only `self` loads the model, whole and in float32, and frees
+    it before it returns: where that is too much memory, name a text. seed: of what the model draws.
+    Raises CheckpointError for a text that cannot be read or is too short, UnsupportedError where reading it needs a
+    package that is missing, or `self` a token to begin with that the model does not have.
+    """
+    if str(source) == SELF:
+        return self_text(load(model, device=device), windows, length, seed, progress)
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    return read_windows(source, tokenizer, windows, length)
