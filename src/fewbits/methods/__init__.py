@@ -10,7 +10,7 @@ from torch import Tensor
 from fewbits.errors import UnsupportedError
 from fewbits.formats import Format, QTensor, format_named
 from fewbits.methods.awq import AWQ
-from fewbits.methods.base import Finisher, Method, Solver, TensorMethod, Transform
+from fewbits.methods.base import Finished, Finisher, Method, Quantized, Solver, TensorMethod, Transform
 from fewbits.methods.block import Block
 from fewbits.methods.gptq import GPTQS
 from fewbits.methods.hqq import HQQS
@@ -19,6 +19,7 @@ from fewbits.methods.rotate import ROTATE
 from fewbits.methods.rtn import RTN
 from fewbits.methods.signround import SIGNROUND
 from fewbits.methods.smoothquant import SMOOTHQUANT
+from fewbits.methods.tune import TUNE
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -30,6 +31,7 @@ METHODS: dict[str, Method] = {
         *SMOOTHQUANT,
         *ROTATE,
         *SIGNROUND,
+        *TUNE,
     )
 }
 
@@ -68,8 +70,10 @@ def quantize_tensor(
 __all__ = [
     "METHODS",
     "Block",
+    "Finished",
     "Finisher",
     "Method",
+    "Quantized",
     "Recipe",
     "Solver",
     "TensorMethod",
