@@ -15,6 +15,9 @@ The objective is the squared error of the consumers' outputs on sampled inputs, 
 over all matrices that read the same. It needs no run of the model. Rows of a matrix are rounded independently of each
 other, so the grid is compared on some of them; the winner has to beat s = 1 on all.
 
+The objective knows nothing of error feedback: before `gptq`, which moves the same errors to where they cost least, AWQ
+gains little and can lose. Its place is before solvers that round each weight by itself.
+
 The paper's second part, clipping ranges by output error, is what `rtn` and `gptq` do anyway, per group and weighted by
 the importance of each column: scales are searched here in the same way, with the importance that the moved factors
 leave.
