@@ -14,7 +14,7 @@ a quadratic that touches it at the present error, whose weight is |e|^(p−2); s
 and `fit` is the format's own: scales, zero-points and two-level scales alike, as the bytes hold them. A turn's params
 are taken in the groups where they lower Σ|e|^p, so it falls in each; ε, a share of the group's error, keeps numbers
 that happen to lie on a level from deciding everything. Where params are shared beyond a group, the whole matrix is
-accepted or not. The problem is not convex: this ends in a hollow near the least squares, not in the lowest one. It costs
+accepted or not. The problem is not convex: this ends in a hollow near the least squares, not in the lowest one. Costs
 `iterations` + 1 searches.
 
 What it buys depends on the weights: with long tails the bulk of a group gets finer steps. Where tails are short,
