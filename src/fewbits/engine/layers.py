@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,13 +86,18 @@ class LayeredModel:
         """Name -> attention of a layer that keeps keys and values."""
         return {f"{self.layers[index]}.{name}": module for name, module in attentions(self._layers[index]).items()}
 
-    def load(self, index: int) -> nn.Module:
-        """A layer with its weights, float32, on the device; they are read anew at every call."""
-        self._fill(lambda name: self.layer_of(name) == index)
+    def load(self, index: int, without: Collection[str] = ()) -> nn.Module:
+        """A layer with its weights, float32, on the device; they are read anew at every call.
+
+        without: parameters, by their names in the model, that stay without numbers.
+        """
+        self._fill(lambda name: self.layer_of(name) == index and name not in without)
         layer = self._layers[index]
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
-        return layer.to(self.device)
+        for buffer in layer.buffers():
+            buffer.data = buffer.data.to(self.device)
+        return layer
 
     def drop(self, index: int) -> None:
         """Free a layer's weights."""

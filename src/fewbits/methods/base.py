@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewbits.formats import Format, QTensor
 from fewbits.methods._parallel import in_parallel
-from fewbits.methods.block import Block, Stats
+from fewbits.methods.block import Block, States, Stats
 
 
 class Method(ABC):
@@ -130,8 +130,8 @@ class Quantized:
     blocks: Sequence[Block]
     tensors: Sequence[Mapping[str, QTensor]]
     free: Sequence[Mapping[str, torch.dtype]]
-    inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
+    inputs: States
+    targets: States
     logits: Callable[[Tensor], Tensor]
 
 

@@ -10,12 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fewbits.models import Link, Slot
+
+
+class States(Protocol):
+    """Hidden states of windows, [T, H] each, float32: a list of tensors, or something that reads them from a file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
 
 Stats = Mapping[str, Mapping[str, Tensor]]
 """Matrix name -> statistic -> value, as `fewbits.stats` has them; matrices that read the same have the same tensor."""
@@ -37,8 +46,8 @@ class Block:
     parameters: Mapping[str, Tensor]
     slots: Mapping[str, Slot]
     call: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
-    inputs: Sequence[Tensor] = ()
-    targets: Sequence[Tensor] = ()
+    inputs: States = ()
+    targets: States = ()
     links: Sequence[Link] = field(default=())
 
     @classmethod
@@ -83,7 +92,7 @@ class Block:
             raise ValueError("this block is nothing but matrices; it cannot be run")
         return self.call(x, self._replaced(matrices or {}))
 
-    def batch(self, sequence: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    def batch(self, sequence: States, indices: Sequence[int]) -> Tensor:
         """Windows of `inputs` or `targets`, [B, T, H] on the block's device."""
         return torch.stack([sequence[i] for i in indices]).to(self.device)
 

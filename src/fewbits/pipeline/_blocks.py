@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbits.checkpoint.activations import INPUT_SCALE, cache_scales
 from fewbits.engine import LayeredModel
@@ -161,7 +161,12 @@ def restore(block: Block, solved: SolvedBlock) -> None:
 
 def open_block(work: Work, index: int, streams: Streams | None = None) -> Block:
     """A block as it is in the source, in memory."""
-    module, name = work.model.load(index), work.model.layers[index]
+    return block_of(work, index, work.model.load(index), streams)
+
+
+def block_of(work: Work, index: int, module: nn.Module, streams: Streams | None = None) -> Block:
+    """A loaded layer as methods see it."""
+    name = work.model.layers[index]
     prefix = f"{name}."
     slots = {
         matrix: Slot(slot.parameter.removeprefix(prefix), *_rest(slot))
@@ -302,8 +307,13 @@ def _changed(work: Work, block: Block, before: Mapping[str, Tensor]) -> dict[str
 
 def _insert(block: Block, name: str, q: QTensor) -> float:
     """Put a quantized matrix into its block; its relative error."""
-    w, found = block.matrix(name), q.dequantize()
+    error = relative_error(block.matrix(name), q)
+    block.put(name, q.dequantize())
+    return error
+
+
+def relative_error(w: Tensor, q: QTensor) -> float:
+    """‖w − ŵ‖ / ‖w‖."""
     norm = float(torch.linalg.vector_norm(w))
-    error = float(torch.linalg.vector_norm(found - w))
-    block.put(name, found)
+    error = float(torch.linalg.vector_norm(q.dequantize().to(w.device) - w))
     return error / norm if norm else 0.0

@@ -17,13 +17,14 @@ from fewbits.engine import LayeredModel
 from fewbits.errors import UnsupportedError
 from fewbits.evals import Windows, calibration_windows, model_identity
 from fewbits.formats import Float
+from fewbits.methods import Finisher
 from fewbits.models import Slot
-from fewbits.pipeline._activations import Activations
-from fewbits.pipeline._blocks import Streams, Work, advance, open_block, replay_block, restore, solve_block
+from fewbits.pipeline._blocks import Streams, Work, replay_block, solve_block
+from fewbits.pipeline._finish import finish_blocks, held_out_divergence, run_solved
 from fewbits.pipeline._foresight import foresee, needs_original
 from fewbits.pipeline._guard import Guard
 from fewbits.pipeline._job import Job
-from fewbits.pipeline._journal import Journal
+from fewbits.pipeline._journal import Journal, unfinished
 from fewbits.pipeline._memory import give_back_free_memory
 from fewbits.pipeline._solved import Overlay, Solved
 from fewbits.results import CalibrationReport, Estimate
@@ -99,31 +100,40 @@ def make_ready(job: Job, calibration: Calibration) -> Ready:
 
 
 @contextmanager
-def solve(job: Job, ready: Ready, progress: Progress | None) -> Iterator[Job]:
-    """The job with its blocks solved. What is on disk of a killed run is not solved again, and all of it is removed
-    once the job is done.
+def solve(job: Job, ready: Ready, progress: Progress | None, folder: Path | None = None) -> Iterator[Job]:
+    """The job with its blocks solved and finished. What is on disk of a killed run is not done again, and all of it is
+    removed once the job is done. folder: of the journal, by default beside the output.
     """
-    work, calibration = ready.work, ready.calibration
-    with Journal(job.out, ready.facts(job), work.formats) as journal:
-        streams = Streams(
-            work,
-            ready.windows.ids,
-            folder=journal.folder,
-            limit=calibration.memory,
-            original=needs_original(work.recipe),
-            held=None if ready.held is None else ready.held.ids,
-        )
-        try:
-            divergence = _solve_all(work, journal, streams, calibration, progress)
-        finally:
-            streams.close()
+    work = ready.work
+    with Journal(folder or unfinished(job.out), ready.facts(job), work.formats) as journal:
+        steps = len(work.model.layers) * (1 + len(work.recipe.finishers))
+        with solving(ready, journal, progress, steps) as guard:
+            stage, divergence = SOLVED, None if guard is None else guard.divergence
+            for finisher in work.recipe.finishers:
+                stage = finish(ready, journal, stage, finisher, progress)
+                if guard is not None and ready.held is not None:
+                    divergence = held_out_divergence(work, journal, stage, guard, ready.held.ids)
         gc.collect()
         give_back_free_memory()
-        solved = Solved(journal, SOLVED, transformed=bool(work.recipe.transforms))
-        changed = {ready.entries[name]: value for name, value in journal.changed(SOLVED).items()}
-        reader = Overlay(job.reader, changed) if changed else job.reader
-        yield replace(job, solved=solved, reader=reader, calibrated=ready.report(divergence))
+        yield with_blocks(job, ready, journal, stage, divergence)
         journal.remove()
+
+
+def finish(ready: Ready, journal: Journal, stage: str, finisher: Finisher, progress: Progress | None) -> str:
+    """The stage that a finisher makes of another one."""
+    count = len(ready.work.model.layers)
+    if progress:
+        progress(count, 2 * count, finisher.name)
+    spills = 8 * ready.windows.ids.numel() * ready.work.model.hidden_size > ready.calibration.memory
+    return finish_blocks(ready.work, ready.windows.ids, journal, stage, finisher, journal.folder if spills else None)
+
+
+def with_blocks(job: Job, ready: Ready, journal: Journal, stage: str, divergence: float | None) -> Job:
+    """The job, its blocks taken from a stage of the journal."""
+    changed = {ready.entries[name]: value for name, value in journal.changed(stage).items()}
+    reader = Overlay(job.reader, changed) if changed else job.reader
+    solved = Solved(journal, stage, transformed=bool(job.recipe.transforms))
+    return replace(job, solved=solved, reader=reader, calibrated=ready.report(divergence))
 
 
 def make_work(job: Job, calibration: Calibration) -> tuple[Work, dict[str, str]]:
@@ -144,7 +154,7 @@ def make_work(job: Job, calibration: Calibration) -> tuple[Work, dict[str, str]]
             f"{reader.path}: no matrix that is to be quantized lies in a decoder layer; use rtn, which needs no blocks"
         )
     entries = {slot.parameter: name for name, slot in places.items() if slot == Slot(slot.parameter)}
-    dtypes = {parameter: _dtype(reader, name) for parameter, name in entries.items()}
+    dtypes = {parameter: _dtype(job, name) for parameter, name in entries.items()}
     formats = {name: plan[name].format for name in slots}
     shapes = {piece.name: piece.shape for piece in job.pieces if piece.name in slots}
     return Work(
@@ -152,9 +162,10 @@ def make_work(job: Job, calibration: Calibration) -> tuple[Work, dict[str, str]]
     ), entries
 
 
-def _dtype(reader: Reader, name: str) -> torch.dtype:
-    format = reader.entries[name].format
-    return format.dtype if isinstance(format, Float) else torch.float32
+def _dtype(job: Job, name: str) -> torch.dtype:
+    """The type that an entry of the source is written in, where it stays in floating point."""
+    kept = (job.plan[piece.name].format for piece in job.pieces if piece.source == name)
+    return next((format.dtype for format in kept if isinstance(format, Float)), torch.float32)
 
 
 def read_text(reader: Reader, calibration: Calibration) -> tuple[Windows, Windows | None]:
@@ -173,30 +184,33 @@ def _windows(path: Path, calibration: Calibration, wanted: int) -> Windows:
     return calibration_windows(text, path, wanted, length, seed=calibration.seed, device=calibration.device)
 
 
-def _solve_all(
-    work: Work, journal: Journal, streams: Streams, calibration: Calibration, progress: Progress | None
-) -> float | None:
-    """The divergence on held-out text with all blocks quantized; None without such text."""
-    count, finished = len(work.model.layers), journal.finished(SOLVED)
-    guard = None
-    if streams.held is not None:
-        guard = Guard(work.model, streams.held, calibration.limit, streams.batch)
-
-    def redo(index: int, stream: Activations) -> None:
-        block = open_block(work, index)
-        restore(block, journal.load(SOLVED, index))
-        with torch.no_grad():
-            advance(block, stream, streams.batch)
-        work.model.drop(index)
-
-    for index in range(count):
-        if progress:
-            progress(index, count, f"{work.recipe.name} {work.model.layers[index]}")
-        if index < finished:
-            replay_block(work, index, streams, journal.load(SOLVED, index))
-        else:
-            journal.save(SOLVED, index, solve_block(work, index, streams))
-        if guard is not None and streams.held is not None:
-            guard.check(index, streams.held, redo)
-        give_back_free_memory()
-    return None if guard is None else guard.divergence
+@contextmanager
+def solving(ready: Ready, journal: Journal, progress: Progress | None, steps: int) -> Iterator[Guard | None]:
+    """Solve the blocks that the journal has not; the guard over them, None without held-out text."""
+    work = ready.work
+    streams = Streams(
+        work,
+        ready.windows.ids,
+        folder=journal.folder,
+        limit=ready.calibration.memory,
+        original=needs_original(work.recipe),
+        held=None if ready.held is None else ready.held.ids,
+    )
+    try:
+        guard = None
+        if streams.held is not None:
+            guard = Guard(work.model, streams.held, ready.calibration.limit, streams.batch)
+        finished = journal.finished(SOLVED)
+        for index, layer in enumerate(work.model.layers):
+            if progress:
+                progress(index, steps, f"{work.recipe.name} {layer}")
+            if index < finished:
+                replay_block(work, index, streams, journal.load(SOLVED, index))
+            else:
+                journal.save(SOLVED, index, solve_block(work, index, streams))
+            if guard is not None and streams.held is not None:
+                guard.check(index, streams.held, lambda i, x: run_solved(work, journal, SOLVED, i, x))
+            give_back_free_memory()
+    finally:
+        streams.close()
+    yield guard

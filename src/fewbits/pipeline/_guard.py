@@ -44,7 +44,7 @@ class Guard:
         count = len(self._model.layers)
         if index < count - 1 and (index + 1) % max(1, count // CHECKS):
             return
-        divergence = self._divergence(index, held)
+        divergence = self.measure(index, held)
         if not divergence <= self._limit:
             raise self._broken(index, divergence, redo)
         self.divergence, self._last = divergence, index
@@ -56,7 +56,7 @@ class Guard:
         before = self.divergence
         for suspect in range(self._last + 1, index):
             redo(suspect, self._passed)
-            found = self._divergence(suspect, self._passed)
+            found = self.measure(suspect, self._passed)
             if not found <= self._limit:
                 index, divergence = suspect, found
                 break
@@ -68,7 +68,8 @@ class Guard:
         )
 
     @torch.no_grad()
-    def _divergence(self, index: int, held: Activations) -> float:
+    def measure(self, index: int, held: Activations) -> float:
+        """The divergence with blocks up to `index` quantized, nats a token."""
         stream, parts = self._rest(held, index), list[Tensor]()
         with self._model.outside():
             for (_, ours), (_, theirs) in zip(stream.batches(1), self._original.batches(1), strict=True):

@@ -30,6 +30,11 @@ FACTS = "run.json"
 LOCK = "lock"
 
 
+def unfinished(out: Path) -> Path:
+    """The folder of an output that is being made."""
+    return out.with_name(out.name + ".unfinished")
+
+
 class Journal:
     """The finished blocks of one run. Used as a context, so that no other process works on the same output.
 
@@ -37,8 +42,8 @@ class Journal:
     Raises OutputError if the folder belongs to another run, or to one that is going on.
     """
 
-    def __init__(self, out: Path, facts: Mapping[str, Any], formats: Mapping[str, Format]) -> None:
-        self.folder = out.with_name(out.name + ".unfinished")
+    def __init__(self, folder: Path, facts: Mapping[str, Any], formats: Mapping[str, Format]) -> None:
+        self.folder = folder
         self._facts, self._formats = facts, formats
 
     def __enter__(self) -> Self:

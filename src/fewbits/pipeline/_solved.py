@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from fewbits.checkpoint import Reader
-from fewbits.formats import QTensor
+from fewbits.formats import Float, QTensor
 from fewbits.pipeline._journal import Journal
 from fewbits.pipeline._rotated import RotatedReader
 
@@ -24,7 +24,7 @@ class Overlay(Reader):
         if name not in self.changed:
             return self.below.read(name, rows)
         value = self.changed[name]
-        return QTensor(self.entries[name].format, value if rows is None else value[rows], {})
+        return QTensor(Float(value.dtype), value if rows is None else value[rows], {})
 
 
 def rewritten(reader: Reader, name: str) -> bool:
