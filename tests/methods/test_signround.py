@@ -15,8 +15,10 @@ from fewbits.methods import METHODS, Block
 from fewbits.methods._fake_quant import Rescaling, Rounding
 from fewbits.methods._products import product_type
 from fewbits.methods._windows import batches
+from fewbits.methods.gptq import GPTQ
 from fewbits.methods.rtn import RoundToNearest
 from fewbits.methods.signround import Descent, SignRound
+from fewbits.stats import InputStatistics
 
 FAMILIES = list({type(f): f for f in FORMATS.values() if isinstance(f, Grouped)}.values())
 RTN = RoundToNearest()
@@ -145,19 +147,15 @@ def test_a_block_returns_more_nearly_what_it_should(name: str) -> None:
 
 
 def test_from_gptq_it_goes_on() -> None:
-    from fewbits.stats import InputStatistics
-
     block = mlp()
     plan = dict.fromkeys(block.slots, format_named("int3-g32"))
     stats = {}
     for name in block.slots:
-        seen = InputStatistics(frozenset(SignRound.needs))
+        seen = InputStatistics(frozenset(GPTQ.needs))
         seen.add(draw(400, block.matrix(name).shape[-1], seed=8))
         stats[name] = seen.values()
-    method = SignRound(steps=20, batch=3)
-    assert error(block, method.quantize_block(block, plan, stats)) < error(
-        block, method.start.quantize_block(block, plan, stats)
-    )
+    start, solved = (m.quantize_block(block, plan, stats) for m in (GPTQ(), replace(QUICK, start=GPTQ())))
+    assert error(block, solved) < error(block, start)
 
 
 def test_a_step_too_long_changes_nothing() -> None:

@@ -10,7 +10,9 @@ original ones: so each block also makes up for those before it. All matrices of 
 what methods that look at one layer's error cannot do. Steps go by the sign of the gradient alone: a shift is bounded,
 so what counts is that it can get anywhere in its range, which `steps` moves of a rate that falls linearly to 0 allow.
 
-Where it starts decides how far it gets: at the codes and scales of another solver, GPTQ by default.
+It starts at the codes and scales of another solver. Rounding to nearest at searched scales is the default, because it
+leaves every weight the choice of its two neighbours; from GPTQ's codes, which lie further away, the block's error falls
+less far, and so does the divergence.
 
 Windows differ in how hard they are by more than steps differ in how good they are. So a step is judged by its error
 over that of the start on the same windows, and the best step's codes are kept, exactly as they were run; if over all
@@ -37,9 +39,9 @@ from fewbits.methods._products import product_type, products_in
 from fewbits.methods._windows import batches
 from fewbits.methods.base import Solver
 from fewbits.methods.block import Block, Stats
-from fewbits.methods.gptq import GPTQ
+from fewbits.methods.rtn import RoundToNearest
 
-START = GPTQ()
+START = RoundToNearest()
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class SignRound(Solver):
     start: Solver = START
     seed: int = 0
 
-    summary: ClassVar[str] = "rounding and scales trained block by block by signed gradients, from GPTQ's codes"
-    needs: ClassVar[tuple[str, ...]] = GPTQ.needs
+    summary: ClassVar[str] = "rounding and scales trained by signed gradients, so that each block's outputs fit"
+    needs: ClassVar[tuple[str, ...]] = ("importance",)
     runs: ClassVar[bool] = True
 
     @property
