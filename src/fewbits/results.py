@@ -53,6 +53,18 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A recipe that was tried. held_out_kld: nats per token on held-out text, None if it did not come to an end; note
+    says why, or how it was run. seconds: that it took.
+    """
+
+    recipe: str
+    held_out_kld: float | None
+    seconds: float
+    note: str | None = None
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a run will need, printed before it starts. Bytes and seconds."""
 
@@ -82,6 +94,7 @@ class Quantization:
     verified_with: str | None
     tensors: tuple[TensorReport, ...]
     calibration: CalibrationReport | None = None
+    trials: tuple[Trial, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:

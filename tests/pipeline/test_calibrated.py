@@ -21,6 +21,7 @@ import fewbits
 from fewbits.checkpoint import open_checkpoint
 from fewbits.errors import OutputError, QualityError, UnsupportedError
 from fewbits.evals import Windows
+from fewbits.methods.auto import Auto
 from fewbits.pipeline import _calibrate
 from fewbits.pipeline._activations import Activations
 
@@ -101,6 +102,7 @@ def test_goes_on_where_it_was_stopped(deep: Path, tmp_path: Path, monkeypatch: p
 COMMAND = """
 import sys, fewbits, torch
 from fewbits.evals import Windows
+from fewbits.methods.auto import Auto
 ids = torch.randint(2, 300, (8, 16), generator=torch.Generator().manual_seed(0))
 calibration = fewbits.Calibration(text=Windows(ids, "drawn by lot"), windows=6, length=16, held_out=2, limit=100.0)
 print("ready", flush=True)
@@ -147,7 +149,7 @@ def _started(model: Path, out: Path) -> subprocess.Popen[str]:
 def test_another_run_is_not_mixed_in(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(_calibrate, "changed_entries", _stop)
+        patched.setattr(_calibrate.Run, "job", _stop)
         with pytest.raises(KeyboardInterrupt):
             fewbits.quantize(deep, out, format="int4-g32", calibration=calibration())
     with pytest.raises(OutputError, match="another calibration"):
@@ -312,3 +314,58 @@ def test_transforms_and_a_solver_together(tied: Path, tmp_path: Path) -> None:
 def test_recipes_that_make_no_sense(deep: Path, tmp_path: Path, method: str, said: str) -> None:
     with pytest.raises(UnsupportedError, match=said):
         fewbits.quantize(deep, tmp_path / "out", method=method)
+
+
+def test_finished_by_training(deep: Path, tmp_path: Path) -> None:
+    """What tune changed is in the files: the divergence reported is that of the model they hold."""
+    made = fewbits.quantize(deep, tmp_path / "out", format="int3-g32", method="gptq+tune", calibration=calibration())
+    assert made.calibration is not None
+    assert fewbits.verify(tmp_path / "out", against=deep).passed
+    assert made.calibration.held_out_kld == pytest.approx(divergence(deep, tmp_path / "out"), rel=1e-4)
+
+
+def divergence(original: Path, other: Path) -> float:
+    """On the held-out windows, nats a token."""
+    models = [fewbits.load(path, packed=False) for path in (original, other)]
+    with torch.inference_mode():
+        p, q = (model(input_ids=text().ids[6:]).logits[:, :-1].double().log_softmax(-1) for model in models)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_auto_keeps_the_best(deep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    auto = Auto(minutes=5, candidates=("rtn", "gptq", "rotate+rtn"), steps=2, batch=2)
+    made = fewbits.quantize(deep, out, format="int3-g32", method=auto, calibration=calibration())
+    tried = {trial.recipe: trial.held_out_kld for trial in made.trials}
+    assert {"rtn", "gptq", "rotate+rtn"} < set(tried)
+    assert made.calibration is not None
+    assert made.calibration.held_out_kld == min(found for found in tried.values() if found is not None)
+    assert made.calibration.held_out_kld == pytest.approx(divergence(deep, out), rel=1e-4)
+    assert tried[made.method] == made.calibration.held_out_kld
+    assert not (tmp_path / "out.unfinished").exists()
+    assert fewbits.verify(out, against=deep).passed
+
+
+def test_auto_within_no_time_runs_one_recipe(deep: Path, tmp_path: Path) -> None:
+    auto = Auto(candidates=("rtn", "gptq"))
+    made = fewbits.quantize(
+        deep, tmp_path / "out", format="int3-g32", method=auto, minutes=1e-6, calibration=calibration()
+    )
+    assert made.method == "rtn"
+    assert [trial.note is None for trial in made.trials] == [True, False]
+    with pytest.raises(UnsupportedError, match="only method auto"):
+        fewbits.quantize(deep, tmp_path / "other", method="rtn", minutes=1)
+
+
+@pytest.mark.parametrize("kind", ["compressed-tensors", "fewbits"])
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_experts(tmp_path: Path, kind: str, method: str) -> None:
+    """One by one as compressed-tensors has them, and fused as the fewbits kind keeps them: all of them quantized."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_model(source, "mixtral", num_local_experts=4, num_experts_per_tok=2, hidden_size=64, intermediate_size=64)
+    made = fewbits.quantize(source, out, format="int4-g32", method=method, kind=kind, calibration=calibration())
+    experts = [t for t in made.tensors if ".experts." in t.name]
+    assert len(experts) == 2 * 4 * 3
+    assert {t.fate for t in experts} == {"quantized"}
+    assert made.calibration is not None
+    assert made.calibration.held_out_kld == pytest.approx(divergence(source, out), rel=1e-3)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from fewbits.cli._print import count, number, progress_bar, size, table
-from fewbits.results import CalibrationReport, Estimate, Quantization, TensorReport
+from fewbits.results import CalibrationReport, Estimate, Quantization, TensorReport, Trial
 
 if TYPE_CHECKING:
     from fewbits.pipeline._job import Job
@@ -57,6 +57,7 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="llama.cpp's name of the pre-tokenizer, for a GGUF file whose tokenizer fewbits does not know",
     )
     parser.add_argument("--as", dest="kind", metavar="KIND", help="file type, where OUT and the format leave a choice")
+    parser.add_argument("--minutes", type=float, help="that --method auto may take (default 30)")
     _add_calibration(parser.add_argument_group("calibration", "for methods that run the model on text"))
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores (%(default)s here)")
     parser.add_argument("--no-verify", action="store_true", help="do not read the files back with another decoder")
@@ -114,6 +115,7 @@ def run(args: argparse.Namespace) -> Quantization:
             args.out,
             format=args.format,
             method=args.method,
+            minutes=args.minutes,
             calibration=calibration,
             weigh=args.calibration is not None,
             inputs=args.inputs,
@@ -161,10 +163,17 @@ def show(result: Quantization, console: Console) -> None:
         f"{number(result.bits_per_weight)} bits a weight over {count(result.weights)} weights, "
         f"{number(result.seconds, 3)} s"
     )
+    if result.trials:
+        console.print(table(("tried", ">nats from the original", ">seconds", ""), map(_trial, result.trials)))
     if result.calibration is not None:
         console.print(_calibrated(result.calibration), markup=False)
     proof = f"verified with {result.verified_with}" if result.verified_with else "not verified"
     console.print(f"{result.output} ({result.kind}), {proof}", markup=False)
+
+
+def _trial(trial: Trial) -> tuple[str, str, str, str]:
+    found = "" if trial.held_out_kld is None else number(trial.held_out_kld, 3)
+    return trial.recipe, found, f"{trial.seconds:.0f}" if trial.seconds else "", trial.note or ""
 
 
 def _calibrated(report: CalibrationReport) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewbits.errors import UnsupportedError
 from fewbits.formats import Format, QTensor, format_named
+from fewbits.methods.auto import AUTO
 from fewbits.methods.awq import AWQ
 from fewbits.methods.base import Finished, Finisher, Method, Quantized, Solver, TensorMethod, Transform
 from fewbits.methods.block import Block
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
         *ROTATE,
         *SIGNROUND,
         *TUNE,
+        *AUTO,
     )
 }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fewbits.checkpoint.activations import INPUT_SCALE, cache_scales
 from fewbits.engine import LayeredModel
@@ -265,7 +266,8 @@ def _of_slot(
         return found.values() if found is not None else pooled(slot.parameter)
     experts = [sites.get(Site(slot.parameter, e)) for e in range(parameter.shape[0])]
     values = [pooled(slot.parameter) if found is None else found.values() for found in experts]
-    return {key: torch.stack([value[key] for value in values]) for key in values[0] if key != "samples"}
+    # Experts have different numbers of samples; rows of zeros, which add to no error, make them alike.
+    return {key: pad_sequence([value[key] for value in values], batch_first=True) for key in values[0]}
 
 
 def _pooled(sites: Mapping[Site, InputStatistics]) -> Callable[[str], dict[str, Tensor]]:

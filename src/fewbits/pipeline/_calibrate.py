@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Ready:
     """A calibrated run that can begin: its text is read, its model is open, its cost is known.
 
     held: windows that nothing is calibrated on, None where the text has but one. entries: parameter of the running
-    model -> its entry in the checkpoint.
+    model -> its entry in the checkpoint. window_seconds: that a window takes through all blocks.
     """
 
     calibration: Calibration
@@ -69,6 +70,7 @@ class Ready:
     windows: Windows
     held: Windows | None
     need: Estimate
+    window_seconds: float
 
     def facts(self, job: Job) -> dict[str, Any]:
         """Whatever decides the output's bytes."""
@@ -95,45 +97,86 @@ def make_ready(job: Job, calibration: Calibration) -> Ready:
     """Read (or write) the text and find out what solving the blocks will take."""
     work, entries = make_work(job, calibration)
     windows, held = read_text(job.reader, calibration)
-    need = foresee(work, windows.ids, 0 if held is None else len(held.ids), calibration.memory)
-    return Ready(calibration, work, entries, windows, held, need)
+    need, seconds = foresee(work, windows.ids, 0 if held is None else len(held.ids), calibration.memory)
+    return Ready(calibration, work, entries, windows, held, need, seconds)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose blocks are solved and in the journal. divergence: on held-out text, None without such text."""
+
+    ready: Ready
+    journal: Journal
+    guard: Guard | None
+    stage: str = SOLVED
+    divergence: float | None = None
+
+    def finish(self, finisher: Finisher) -> Run:
+        """The run after a finisher."""
+        work, ids = self.ready.work, self.ready.windows.ids
+        spills = 8 * ids.numel() * work.model.hidden_size > self.ready.calibration.memory
+        folder = self.journal.folder if spills else None
+        stage = finish_blocks(work, ids, self.journal, self.stage, finisher, folder)
+        divergence = None
+        if self.guard is not None and self.ready.held is not None:
+            divergence = held_out_divergence(work, self.journal, stage, self.guard, self.ready.held.ids)
+        return replace(self, stage=stage, divergence=divergence)
+
+    def job(self, job: Job) -> Job:
+        """The job with its blocks taken from here."""
+        changed = {self.ready.entries[name]: value for name, value in self.journal.changed(self.stage).items()}
+        reader = Overlay(job.reader, changed) if changed else job.reader
+        solved = Solved(self.journal, self.stage, transformed=bool(job.recipe.transforms))
+        return replace(job, solved=solved, reader=reader, calibrated=self.ready.report(self.divergence))
 
 
 @contextmanager
-def solve(job: Job, ready: Ready, progress: Progress | None, folder: Path | None = None) -> Iterator[Job]:
-    """The job with its blocks solved and finished. What is on disk of a killed run is not done again, and all of it is
-    removed once the job is done. folder: of the journal, by default beside the output.
-    """
-    work = ready.work
-    with Journal(folder or unfinished(job.out), ready.facts(job), work.formats) as journal:
-        steps = len(work.model.layers) * (1 + len(work.recipe.finishers))
-        with solving(ready, journal, progress, steps) as guard:
-            stage, divergence = SOLVED, None if guard is None else guard.divergence
-            for finisher in work.recipe.finishers:
-                stage = finish(ready, journal, stage, finisher, progress)
-                if guard is not None and ready.held is not None:
-                    divergence = held_out_divergence(work, journal, stage, guard, ready.held.ids)
+def solve(job: Job, ready: Ready, progress: Progress | None) -> Iterator[Job]:
+    """The job with its blocks solved and finished; all that is on disk of it is removed once the job is done."""
+    with solving(job, ready, progress) as solved:
+        finished = solved
+        for finisher in ready.work.recipe.finishers:
+            if progress:
+                progress(1, 2, finisher.name)
+            finished = finished.finish(finisher)
         gc.collect()
         give_back_free_memory()
-        yield with_blocks(job, ready, journal, stage, divergence)
-        journal.remove()
+        yield finished.job(job)
+        solved.journal.remove()
 
 
-def finish(ready: Ready, journal: Journal, stage: str, finisher: Finisher, progress: Progress | None) -> str:
-    """The stage that a finisher makes of another one."""
-    count = len(ready.work.model.layers)
-    if progress:
-        progress(count, 2 * count, finisher.name)
-    spills = 8 * ready.windows.ids.numel() * ready.work.model.hidden_size > ready.calibration.memory
-    return finish_blocks(ready.work, ready.windows.ids, journal, stage, finisher, journal.folder if spills else None)
-
-
-def with_blocks(job: Job, ready: Ready, journal: Journal, stage: str, divergence: float | None) -> Job:
-    """The job, its blocks taken from a stage of the journal."""
-    changed = {ready.entries[name]: value for name, value in journal.changed(stage).items()}
-    reader = Overlay(job.reader, changed) if changed else job.reader
-    solved = Solved(journal, stage, transformed=bool(job.recipe.transforms))
-    return replace(job, solved=solved, reader=reader, calibrated=ready.report(divergence))
+@contextmanager
+def solving(job: Job, ready: Ready, progress: Progress | None, folder: Path | None = None) -> Iterator[Run]:
+    """Solve the blocks that the journal has not. folder: of the journal, by default beside the output."""
+    work = ready.work
+    steps = len(work.model.layers) * (1 + len(work.recipe.finishers))
+    with Journal(folder or unfinished(job.out), ready.facts(job), work.formats) as journal:
+        streams = Streams(
+            work,
+            ready.windows.ids,
+            folder=journal.folder,
+            limit=ready.calibration.memory,
+            original=needs_original(work.recipe),
+            held=None if ready.held is None else ready.held.ids,
+        )
+        try:
+            guard = None
+            if streams.held is not None:
+                guard = Guard(work.model, streams.held, ready.calibration.limit, streams.batch)
+            finished = journal.finished(SOLVED)
+            for index, layer in enumerate(work.model.layers):
+                if progress:
+                    progress(index, steps, f"{work.recipe.name} {layer}")
+                if index < finished:
+                    replay_block(work, index, streams, journal.load(SOLVED, index))
+                else:
+                    journal.save(SOLVED, index, solve_block(work, index, streams))
+                if guard is not None and streams.held is not None:
+                    guard.check(index, streams.held, partial(run_solved, work, journal, SOLVED))
+                give_back_free_memory()
+        finally:
+            streams.close()
+        yield Run(ready, journal, guard, divergence=None if guard is None else guard.divergence)
 
 
 def make_work(job: Job, calibration: Calibration) -> tuple[Work, dict[str, str]]:
@@ -170,47 +213,17 @@ def _dtype(job: Job, name: str) -> torch.dtype:
 
 def read_text(reader: Reader, calibration: Calibration) -> tuple[Windows, Windows | None]:
     """The windows to calibrate on, and held-out ones that follow them; None where the text has but one window."""
-    found = _windows(reader.path, calibration, calibration.windows + calibration.held_out)
+    found = text_of(reader, calibration)
     held = min(calibration.held_out, -(-len(found.ids) // 4), len(found.ids) - 1)
     kept = len(found.ids) - held
     windows = Windows(found.ids[:kept], found.description)
     return windows, Windows(found.ids[kept:], found.description) if held else None
 
 
-def _windows(path: Path, calibration: Calibration, wanted: int) -> Windows:
-    if isinstance(calibration.text, Windows):
-        return calibration.text
+def text_of(reader: Reader, calibration: Calibration) -> Windows:
+    """All windows, the held-out ones last."""
     text, length = calibration.text, calibration.length
-    return calibration_windows(text, path, wanted, length, seed=calibration.seed, device=calibration.device)
-
-
-@contextmanager
-def solving(ready: Ready, journal: Journal, progress: Progress | None, steps: int) -> Iterator[Guard | None]:
-    """Solve the blocks that the journal has not; the guard over them, None without held-out text."""
-    work = ready.work
-    streams = Streams(
-        work,
-        ready.windows.ids,
-        folder=journal.folder,
-        limit=ready.calibration.memory,
-        original=needs_original(work.recipe),
-        held=None if ready.held is None else ready.held.ids,
-    )
-    try:
-        guard = None
-        if streams.held is not None:
-            guard = Guard(work.model, streams.held, ready.calibration.limit, streams.batch)
-        finished = journal.finished(SOLVED)
-        for index, layer in enumerate(work.model.layers):
-            if progress:
-                progress(index, steps, f"{work.recipe.name} {layer}")
-            if index < finished:
-                replay_block(work, index, streams, journal.load(SOLVED, index))
-            else:
-                journal.save(SOLVED, index, solve_block(work, index, streams))
-            if guard is not None and streams.held is not None:
-                guard.check(index, streams.held, lambda i, x: run_solved(work, journal, SOLVED, i, x))
-            give_back_free_memory()
-    finally:
-        streams.close()
-    yield guard
+    if isinstance(text, Windows):
+        return text
+    wanted = calibration.windows + calibration.held_out
+    return calibration_windows(text, reader.path, wanted, length, seed=calibration.seed, device=calibration.device)

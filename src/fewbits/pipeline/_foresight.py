@@ -27,10 +27,10 @@ BATCH_COPIES = 12  # of one batch's hidden states in memory while a block runs, 
 SOLVER_COPIES = 6  # of the largest matrix, float32, in memory on each thread while it is solved; measured
 
 
-def foresee(work: Work, ids: Tensor, held: int, memory: int) -> Estimate:
-    """Peak memory, disk and seconds of solving all blocks on windows ids [n, T], with `held` windows held out.
+def foresee(work: Work, ids: Tensor, held: int, memory: int) -> tuple[Estimate, float]:
+    """(peak memory, disk and seconds of solving all blocks on windows ids [n, T]; seconds of a window through them).
 
-    memory: bytes of hidden states beyond which they go to disk.
+    held: windows that are held out. memory: bytes of hidden states beyond which they go to disk.
     """
     base = resident_memory()
     window = 4 * ids.shape[1] * work.model.hidden_size
@@ -38,11 +38,12 @@ def foresee(work: Work, ids: Tensor, held: int, memory: int) -> Estimate:
     spilled = states > memory
     size, seconds = _first_block(work, ids)
     counted = sum(work.formats[name].nbytes(shape) for name, shape in _shapes(work).items())
-    return Estimate(
+    need = Estimate(
         peak_memory=base + size + held * window * HELD_COPIES + (0 if spilled else states),
         disk=counted + (states if spilled else 0),
         seconds=_passes(work, len(ids), held) * seconds * len(ids) + _solving(work),
     )
+    return need, seconds * len(work.model.layers)
 
 
 def needs_original(recipe: Recipe) -> bool:

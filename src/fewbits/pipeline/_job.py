@@ -23,7 +23,7 @@ from fewbits.pipeline._solved import Solved
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, require_ties
 from fewbits.plan.rules import Plan, Rules, parse
 from fewbits.plan.rules import Tensor as PlanTensor
-from fewbits.results import CalibrationReport
+from fewbits.results import CalibrationReport, Trial
 
 FP32 = Float(torch.float32)
 FOLDERS = ("huggingface", "compressed-tensors", "fewbits")  # most widely loaded first
@@ -50,6 +50,13 @@ class Job:
     scales: tuple[Entry, ...] = ()  # static scales, which the blocks are to find
     solved: Solved | None = None
     calibrated: CalibrationReport | None = None
+    trials: tuple[Trial, ...] = ()
+    finished_by: tuple[str, ...] = ()  # finishers that were added to the recipe
+
+    @property
+    def method_name(self) -> str:
+        """What was done, as `--method` takes it."""
+        return "+".join((self.recipe.name, *self.finished_by))
 
 
 def prepare(

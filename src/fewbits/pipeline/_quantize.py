@@ -8,11 +8,15 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from fewbits.errors import VerificationError
+from fewbits.errors import UnsupportedError, VerificationError
 from fewbits.formats import Format
 from fewbits.methods import Recipe
+from fewbits.methods.auto import Auto
+from fewbits.pipeline._auto import solve_auto
 from fewbits.pipeline._calibrate import Calibration, make_ready, solve
 from fewbits.pipeline._estimate import check_room, estimate, source_bytes
 from fewbits.pipeline._job import Job, prepare
@@ -29,9 +33,10 @@ def quantize(
     out: str | Path,
     *,
     format: str | Format = "int4-g128",
-    method: str | Recipe = "rtn",
+    method: str | Recipe | Auto = "rtn",
     calibration: str | Path | Calibration | None = None,
     weigh: bool | None = None,
+    minutes: float | None = None,
     inputs: str | None = None,
     cache: str | None = None,
     kind: str | None = None,
@@ -47,7 +52,8 @@ def quantize(
 
     model: a Hugging Face folder, or a hub name. out: a path that does not exist; a name ending in .gguf makes a GGUF
     file. format: for the matrices; vocabulary: for embeddings and output projection (None: the file type's own rule).
-    method: a name, several joined by + (`rotate+gptq`), or a Recipe. calibration: the text that methods which measure
+    method: a name, several joined by + (`rotate+gptq`), a Recipe, or `auto`, which tries several within so many minutes
+    (default 30) and keeps the best. calibration: the text that methods which measure
     inputs run on, a file or `self` (written by the model; the default for them); weigh: whether a method that
     can do without runs on it too, to weigh errors by what they do to outputs (None: if a calibration is given).
     inputs: what the inputs of linear layers are rounded to as the model runs (`int8-token`, `fp8-static` …; see
@@ -59,11 +65,12 @@ def quantize(
     estimate before anything is written.
     Raises a FewbitsError; then nothing is left at `out`.
     """
-    job = prepare(
+    auto, first = automatic(method, minutes)
+    make = partial(
+        prepare,
         model,
         out,
         format=format,
-        method=method,
         kind=kind,
         vocabulary=vocabulary,
         overrides=overrides,
@@ -71,20 +78,25 @@ def quantize(
         inputs=inputs,
         cache=cache,
     )
+    job = make(method=first)
     began = time.monotonic()
     threads = threads or os.cpu_count() or 1
     given = calibration if isinstance(calibration, Calibration) else Calibration(calibration or "self")
     weigh = calibration is not None if weigh is None else weigh
     need = estimate(job.entries, job.method, threads, PART, decoder=job.kind.decoder if prove else None)
-    ready = make_ready(job, given) if weigh or job.rounded.observed or not job.recipe.streams else None
-    whole = need if ready is None else ready.need.then(need)
+    calibrated = weigh or job.rounded.observed or not job.recipe.streams
+    ready = make_ready(job, given) if calibrated and not auto else None
+    solving = Estimate(0, need.disk, 60 * auto.minutes) if auto else ready.need if ready else Estimate(0, 0, 0.0)
+    whole = solving.then(need)
     check_room(job.out, whole.disk)
     if announce:
         announce(whole, job)
     stages = Stages(progress, whole.seconds)
     with ExitStack() as stack:
-        if ready is not None:
-            job = stack.enter_context(solve(job, ready, stages.next(ready.need.seconds)))
+        if auto:
+            job = stack.enter_context(solve_auto(auto, make, given, stages.next(solving.seconds)))
+        elif ready is not None:
+            job = stack.enter_context(solve(job, ready, stages.next(solving.seconds)))
         reports = run(job, threads, stages.next(need.seconds / (2 if prove else 1)))
         decoder = proven(job, stages.next(need.seconds / 2)) if prove else None
     return Quantization(
@@ -92,7 +104,7 @@ def quantize(
         output=str(job.out),
         kind=job.kind.name,
         format=parse(format).name,
-        method=job.recipe.name,
+        method=job.method_name,
         source_bytes=source_bytes(job.reader),
         output_bytes=output_bytes(job.out),
         weights=sum(entry.weights for entry in job.entries),
@@ -100,7 +112,24 @@ def quantize(
         verified_with=decoder,
         tensors=reports,
         calibration=job.calibrated,
+        trials=job.trials,
     )
+
+
+def automatic(method: str | Recipe | Auto, minutes: float | None) -> tuple[Auto | None, str | Recipe]:
+    """(`auto` with its time limit, its first recipe); (None, the method) for any other one.
+
+    Raises UnsupportedError for a limit without `auto`, or of nothing.
+    """
+    auto = Auto() if method == "auto" else method
+    if not isinstance(auto, Auto):
+        if minutes is not None:
+            raise UnsupportedError(f"a limit of {minutes:g} minutes: only method auto keeps to one")
+        return None, auto
+    if minutes is not None and not minutes > 0:
+        raise UnsupportedError(f"auto within {minutes:g} minutes: give it more than 0")
+    auto = auto if minutes is None else replace(auto, minutes=minutes)
+    return auto, auto.candidates[0]
 
 
 class Stages:

@@ -100,7 +100,7 @@ def _copy(job: Job, solved: Solved, piece: Piece, writer: Writer, meter: _Meter,
         writer.write(piece.name, part)
         meter.add(part.nbytes, piece.name)
     report = _report(job, piece, choice, solved.error(piece.name), writer.digests[piece.name])
-    return replace(report, method=job.recipe.name, transformed=solved.transformed or None)
+    return replace(report, method=job.method_name, transformed=solved.transformed or None)
 
 
 def _quantized(job: Job, piece: Piece, w: torch.Tensor, format: Format) -> QTensor:
@@ -205,7 +205,7 @@ def ledger_document(job: Job, ledger: tuple[TensorReport, ...]) -> dict[str, Any
         "fewbits": version("fewbits"),
         "source": str(job.source.name),
         "kind": job.kind.name,
-        "method": job.recipe.name,
+        "method": job.method_name,
         "calibration": None if job.calibrated is None else asdict(job.calibrated),
         "torch": torch.__version__,
         "tensors": [{key: value for key, value in asdict(report).items() if value is not None} for report in ledger],
