@@ -41,11 +41,15 @@ class TensorReport:
 class CalibrationReport:
     """What a run was calibrated on.
 
-    digest: SHA-256 of the tokens. held_out_kld: mean KL divergence from the original, nats per token, on windows that
-    follow the calibration text and were only looked at.
+    source: as it was named, a file or `self`; windows: of `length` tokens each. digest: SHA-256 of the tokens.
+    held_out_kld: mean KL divergence from the original, nats per token, on windows that follow the calibration text and
+    were only looked at; with weights quantized, and inputs and cache not rounded.
     """
 
+    source: str
     text: str
+    windows: int
+    length: int
     tokens: int
     digest: str
     held_out_tokens: int
@@ -118,6 +122,7 @@ class Evaluation:
     """How a model differs from the original on a text. Divergences in nats per token.
 
     Each figure's standard error comes from resampling whole windows, because tokens of one window are not independent.
+    warning: that the model was calibrated on text unlike this one.
     """
 
     model: str
@@ -132,6 +137,7 @@ class Evaluation:
     median_kld: Figure
     kld_99: Figure
     top1_agreement: Figure
+    warning: str | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from tiny import save_model
 import fewbits
 from fewbits.checkpoint import open_checkpoint
 from fewbits.errors import OutputError, QualityError, UnsupportedError
-from fewbits.evals import Windows
+from fewbits.evals import Windows, calibration_windows
+from fewbits.evals.evaluation import calibration_warning
 from fewbits.methods.auto import Auto
 from fewbits.pipeline import _calibrate
 from fewbits.pipeline._activations import Activations
@@ -101,7 +102,8 @@ def test_goes_on_where_it_was_stopped(deep: Path, tmp_path: Path, monkeypatch: p
 
 COMMAND = """
 import sys, fewbits, torch
-from fewbits.evals import Windows
+from fewbits.evals import Windows, calibration_windows
+from fewbits.evals.evaluation import calibration_warning
 from fewbits.methods.auto import Auto
 ids = torch.randint(2, 300, (8, 16), generator=torch.Generator().manual_seed(0))
 calibration = fewbits.Calibration(text=Windows(ids, "drawn by lot"), windows=6, length=16, held_out=2, limit=100.0)
@@ -369,3 +371,17 @@ def test_experts(tmp_path: Path, kind: str, method: str) -> None:
     assert {t.fate for t in experts} == {"quantized"}
     assert made.calibration is not None
     assert made.calibration.held_out_kld == pytest.approx(divergence(source, out), rel=1e-3)
+
+
+def test_text_unlike_the_calibration_text_is_warned_of(shared_models: Path, shared_text: Path, tmp_path: Path) -> None:
+    """Calibrated on books; an encyclopedia is something else, other books are not."""
+    model, out = shared_models / "books", tmp_path / "out"
+    calibrated = fewbits.Calibration(text=shared_text / "books-calib.txt", windows=32, held_out=2)
+    fewbits.quantize(model, out, format="int8", method="rtn", calibration=calibrated, prove=False)
+    unlike, alike = (
+        calibration_warning(out, model, calibration_windows(shared_text / name, model, 24))
+        for name in ("wikitext2-valid.txt", "books-valid.txt")
+    )
+    assert unlike is not None
+    assert "unlike the evaluation text" in unlike
+    assert alike is None

@@ -14,6 +14,7 @@ from fewbits.checkpoint.compressed_tensors import CompressedTensors
 from fewbits.checkpoint.fewbits import Fewbits
 from fewbits.checkpoint.gguf import Gguf
 from fewbits.checkpoint.huggingface import HuggingFace
+from fewbits.checkpoint.ledger import ledger_path, read_ledger
 from fewbits.errors import CheckpointError
 
 KINDS: dict[str, Kind] = {
@@ -74,5 +75,7 @@ __all__ = [
     "cache_scales",
     "input_scale",
     "is_scale",
+    "ledger_path",
     "open_checkpoint",
+    "read_ledger",
 ]

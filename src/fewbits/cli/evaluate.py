@@ -62,6 +62,8 @@ def show(result: Evaluation, console: Console) -> None:
     console.print(f"{result.model} against {result.against}", markup=False)
     console.print(f"{result.text}: {result.tokens} predictions\n", style="dim", markup=False)
     console.print(table(("", ">value", ">± error", ""), rows))
+    if result.warning:
+        console.print(f"\nwarning: {result.warning}", style="yellow", markup=False)
 
 
 def _figure(figure: Figure, spec: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ section 3.1). Every window starts with the token that begins a text, and every t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ def calibration_windows(
     package that is missing, or `self` a token to begin with that the model does not have.
     """
     if str(source) == SELF:
-        return self_text(load(model, device=device), windows, length, seed, progress)
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    return read_windows(source, tokenizer, windows, length)
+        found = self_text(load(model, device=device), windows, length, seed, progress)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        found = read_windows(source, tokenizer, windows, length)
+    return replace(found, source=str(source))

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fewbits.checkpoint import read_ledger
 from fewbits.engine import is_causal, load, open_weights
-from fewbits.errors import CheckpointError, UnsupportedError
+from fewbits.errors import CheckpointError, FewbitsError, UnsupportedError
+from fewbits.evals.calibration import SELF, calibration_windows
 from fewbits.evals.divergence import Comparison, kl_divergence, require_numbers, require_windows, token_losses
 from fewbits.evals.reference import (
     Prediction,
@@ -29,6 +31,7 @@ from fewbits.evals.reference import (
     write_reference,
 )
 from fewbits.evals.text import LENGTH, WINDOWS, Windows, read_windows, self_text
+from fewbits.evals.unlikeness import unlikeness
 from fewbits.results import Evaluation
 
 log = logging.getLogger(__name__)
@@ -67,8 +70,28 @@ def evaluate(
         text=reference.windows.description,
         tokens=tokens,
         windows=len(reference.windows.ids),
+        warning=calibration_warning(Path(model), Path(against), reference.windows),
         **figures,
     )
+
+
+def calibration_warning(model: Path, against: Path, evaluated: Windows) -> str | None:
+    """A sentence where a model was calibrated on text unlike this, if that text can still be read.
+
+    The ledger names the file and the digest of its tokens; text that the model wrote itself is like what it knows.
+    """
+    try:
+        calibrated = read_ledger(model).get("calibration") or {}
+        found = (
+            calibration_windows(calibrated["source"], against, calibrated["windows"], calibrated["length"])
+            if calibrated.get("source") not in (None, SELF)
+            else None
+        )
+    except FewbitsError:  # no ledger, or the text is gone
+        return None
+    if found is None or found.digest != calibrated["digest"] or len(evaluated.ids) < 2 or len(found.ids) < 2:
+        return None
+    return unlikeness(found, evaluated).warning
 
 
 class _Job:

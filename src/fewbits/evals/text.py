@@ -33,10 +33,11 @@ BATCH = 32
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Token ids, int64 [windows, length], and where they come from."""
+    """Token ids, int64 [windows, length], and where they come from: in words, and as it was named (a path, `self`)."""
 
     ids: Tensor
     description: str
+    source: str = "given as tokens"
 
     @property
     def tokens(self) -> int:

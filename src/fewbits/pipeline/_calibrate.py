@@ -85,7 +85,10 @@ class Ready:
 
     def report(self, divergence: float | None) -> CalibrationReport:
         return CalibrationReport(
+            source=self.windows.source,
             text=self.windows.description,
+            windows=self.windows.ids.shape[0],
+            length=self.windows.ids.shape[1],
             tokens=self.windows.ids.numel(),
             digest=self.windows.digest,
             held_out_tokens=0 if self.held is None else self.held.ids.numel(),
@@ -216,8 +219,8 @@ def read_text(reader: Reader, calibration: Calibration) -> tuple[Windows, Window
     found = text_of(reader, calibration)
     held = min(calibration.held_out, -(-len(found.ids) // 4), len(found.ids) - 1)
     kept = len(found.ids) - held
-    windows = Windows(found.ids[:kept], found.description)
-    return windows, Windows(found.ids[kept:], found.description) if held else None
+    windows = replace(found, ids=found.ids[:kept])
+    return windows, replace(found, ids=found.ids[kept:]) if held else None
 
 
 def text_of(reader: Reader, calibration: Calibration) -> Windows:

@@ -13,7 +13,6 @@ Then the model as a whole: logits from an independent stack (transformers, llama
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.checkpoint import Kind, Reader, open_checkpoint
-from fewbits.errors import CheckpointError
+from fewbits.checkpoint import Kind, Reader, ledger_path, open_checkpoint, read_ledger
 from fewbits.models import Piece, describe
 from fewbits.pipeline._source import cut, local_folder, open_source, read_rows, row_step
 from fewbits.pipeline._stacks import compare_logits, logit_limit
@@ -34,25 +32,6 @@ PART = 1 << 20  # weights compared at a time
 SAME_ERROR = 1e-4
 """Relative difference allowed between two sums of the same squared errors in another order: float32 sums of 2^20 terms
 are good to about 2^-24 · sqrt(2^20) = 6e-5."""
-
-
-def ledger_path(out: Path) -> Path:
-    """Where the ledger of an output lies: in its folder, or beside a GGUF file."""
-    return out / "fewbits.json" if out.is_dir() else out.with_suffix(".fewbits.json")
-
-
-def read_ledger(out: Path) -> dict[str, Any]:
-    """The ledger of an output. Raises CheckpointError if it has none or it is damaged."""
-    path = ledger_path(out)
-    try:
-        ledger = json.loads(path.read_text(encoding="utf-8"))
-        return {**ledger, "tensors": {line["name"]: line for line in ledger["tensors"]}}
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: not found; only outputs of fewbits carry the ledger that verify needs"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a ledger ({error}); the output is damaged, quantize again") from error
 
 
 def errors_of(out: Path) -> dict[str, float]:
