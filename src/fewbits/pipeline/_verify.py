@@ -71,8 +71,7 @@ def verify(
     if logits and not mismatches:
         stack, divergence, note = compare_logits(kind, out)
         notes += [note] if note else []
-        limit = logit_limit(kind, reader)
-        if divergence is not None and not divergence <= limit:
+        if divergence is not None and not divergence <= (limit := logit_limit(kind, reader)):
             mismatches.append(f"{stack} predicts differently: mean KL divergence {divergence:.2g}, at most {limit:.0e}")
     if kind.decoder is None:
         notes.append(f"no other library reads {kind.name} files: tensors were compared with the source only")
