@@ -13,7 +13,8 @@ relative changes, so that one rate fits all; it falls to 0 along half a cosine.
 
 Memory: codes, five float32 numbers a scale, the hidden states between blocks for one step, and one decoded block with
 its activations, because the backward pass runs each block again instead of keeping what happened in it. The original is
-known by the hidden states that its last block returned; predictions are made of them a window at a time.
+known by the hidden states that its last block returned; predictions are made of them a window at a time. In training
+they are multiplied as the blocks are (`_products`), on held-out text in float32.
 
 Part of the text is held out of the training. The model is measured on it now and then, with numbers as they will be
 stored, and the best one is returned: the one that came, if none is better.
@@ -106,6 +107,8 @@ class Student:
 
     def __init__(self, model: Quantized, *, norms: bool, scales: bool) -> None:
         self._model = model
+        formats = (q.format for tensors in model.tensors for q in tensors.values())
+        self._dtype = product_type(formats, model.blocks[0].device)
         self._blocks = [
             Part(block, tensors, free if norms else {})
             for block, tensors, free in zip(model.blocks, model.tensors, model.free, strict=True)
@@ -148,10 +151,10 @@ class Student:
 
     def _compare(self, x: Tensor, window: int, *, slope: bool = False) -> tuple[float, Tensor]:
         """Mean divergence of one window's predictions, and its gradient by x [1, T, H] if wanted."""
-        with torch.set_grad_enabled(slope):
+        target = self._blocks[0].block.batch(self._model.targets, [window])
+        with torch.set_grad_enabled(slope), products_in(self._dtype if slope else torch.float32, target.device):
             x = x.detach().requires_grad_(slope)
-            q = self._model.logits(x).log_softmax(-1)
-            p = self._model.logits(self._blocks[0].block.batch(self._model.targets, [window])).log_softmax(-1).detach()
+            p, q = (self._model.logits(states).float().log_softmax(-1) for states in (target, x))
             divergence = (p.exp() * (p - q)).sum(-1).mean()
             return float(divergence.detach()), torch.autograd.grad(divergence, x)[0] if slope else x
 
