@@ -3,6 +3,10 @@
 `self` is the default, because it needs no download and cannot be unlike what the model knows: the method of Williams
 and Aletras ("Self-calibration for language model quantization and pruning", 2024) and of LLM-QAT (Liu et al. 2023,
 section 3.1). Every window starts with the token that begins a text, and every token is drawn at temperature 1.
+
+On a model of 11.5 M weights that was trained on books, 128 windows of its own text did as well as 128 windows of other
+books: mean KL divergence on a third text 0.0022 against 0.0024 with GPTQ at int4-g128; with another library's GPTQ
+0.0031 against 0.0031, and 0.088 against 0.090 at int2-g64.
 """
 
 from __future__ import annotations
