@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,8 +33,9 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 class LayeredModel:
     """A causal language model in float32, one layer in memory at a time.
 
-    layers: the names of its decoder layers, in order. Raises UnsupportedError for what is no causal language model or
-    has no list of decoder layers.
+    layers: the names of its decoder layers, in order. products: the type that layers multiply in, bfloat16 where its
+    rounding is small against what is measured; everything else stays float32.
+    Raises UnsupportedError for what is no causal language model or has no list of decoder layers.
     """
 
     def __init__(self, reader: Reader, device: torch.device | str = "cpu") -> None:
@@ -44,6 +45,7 @@ class LayeredModel:
             raise UnsupportedError(f"{reader.path}: {named} does not predict next tokens, so it cannot be calibrated")
         config._experts_implementation = "eager"  # one product an expert, with the tokens that chose it
         self.device = torch.device(device)
+        self.products = torch.float32
         self.config = config
         self._reader = reader
         self._model = skeleton(config, torch.float32)
@@ -124,9 +126,11 @@ class LayeredModel:
     def run(self, index: int, x: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
         """What a loaded layer makes of hidden states [B, T, H], `replaced` in place of its own parameters."""
         arguments = self._arguments(x.shape[0], x.shape[1])[index]
-        out = torch.func.functional_call(self._layers[index], dict(replaced or {}), (x,), arguments)
+        lower = self.products != torch.float32
+        with torch.autocast(self.device.type, self.products, cache_enabled=False) if lower else nullcontext():
+            out = torch.func.functional_call(self._layers[index], dict(replaced or {}), (x,), arguments)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
+        return hidden.float()
 
     def logits(self, x: Tensor) -> Tensor:
         """The model's predictions, float32 [B, T, vocab], from what the last layer returned [B, T, H]."""

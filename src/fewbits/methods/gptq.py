@@ -12,7 +12,7 @@ fitted when it is reached, to the targets as they are then, each column weighed 
 Behind quantized blocks a layer reads x̂ where the original's reads x, and no Ŵ near W makes W·x of that. The target is
 then the least-squares answer, damped towards W,
 
-    W + W·(C − H)·(H + λI)⁻¹,   C the mean of x·x̂ᵀ (`cross`), H of x̂·x̂ᵀ
+    W + W·D·(H + λI)⁻¹,   D the mean of (x − x̂)·x̂ᵀ (`drift`), H of x̂·x̂ᵀ
 
 because Σ|W·x − Ŵ·x̂|² is, but for a constant, the same objective about this target (Li et al. 2025, GPTAQ,
 arXiv:2504.02692, reach it column by column). On a small Llama it takes 9 % off the divergence at 4 bits, 14 % at 3.
@@ -57,7 +57,7 @@ class GPTQ(TensorMethod):
 
     summary: ClassVar[str] = "columns one by one, the rest making up for each error in the layer's outputs (Hessian)"
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
-    wants: ClassVar[tuple[str, ...]] = ("cross",)
+    wants: ClassVar[tuple[str, ...]] = ("drift",)
     shares: ClassVar[bool] = True
 
     @property
@@ -65,7 +65,7 @@ class GPTQ(TensorMethod):
         return "gptq"
 
     def quantize(self, w: Tensor, format: Format, stats: Mapping[str, Tensor]) -> QTensor:
-        """stats: `hessian` [K, K] or [experts, K, K], and `cross` of the same shape if it was measured.
+        """stats: `hessian` [K, K] or [experts, K, K], and `drift` of the same shape if it was measured.
 
         Raises UnsupportedError without a Hessian and FormatError for formats that cannot be rounded by columns.
         """
@@ -77,21 +77,20 @@ class GPTQ(TensorMethod):
             raise FormatError(f"{format.name} cannot be rounded one column at a time, as gptq does; use rtn or hqq")
         if "hessian" not in stats:
             raise UnsupportedError("gptq needs the Hessian of the layer's inputs: give calibration text, or use rtn")
-        hessian, cross = stats["hessian"], stats.get("cross")
+        hessian, drift = stats["hessian"], stats.get("drift")
         if w.dim() == 2:
-            return self._solved(w, format, hessian, cross)
-        each = zip(w, hessian, hessian if cross is None else cross, strict=True)
-        return _stacked([self._solved(x, format, h, None if cross is None else c) for x, h, c in each])
+            return self._solved(w, format, hessian, drift)
+        each = zip(w, hessian, hessian if drift is None else drift, strict=True)
+        return _stacked([self._solved(x, format, h, None if drift is None else d) for x, h, d in each])
 
-    def _solved(self, w: Tensor, format: Grouped, hessian: Tensor, cross: Tensor | None) -> QTensor:
+    def _solved(self, w: Tensor, format: Grouped, hessian: Tensor, drift: Tensor | None) -> QTensor:
         """One matrix [N, K] under one Hessian."""
         group = format.group if isinstance(format.group, int) else None
         hessian = hessian.float()
         objective, factors = factor(hessian, solving_order(hessian.diagonal(), group), self.damping)
         target = w.float().T[objective.columns]
-        if cross is not None:
-            drift = cross.float().T @ w.float().T - hessian @ w.float().T
-            target += factors.solve(drift[objective.columns])
+        if drift is not None:
+            target += factors.solve((drift.float().T @ w.float().T)[objective.columns])
         layer = Layer(format, objective, target)
         layer.solve(factors)
         del factors

@@ -19,7 +19,7 @@ over that of the start on the same windows, and the best step's codes are kept, 
 windows they are no better than the start, the start is the result.
 
 Cost: a step is a forward and a backward pass of the block over `batch` windows, in BF16 where that is fast
-(`_products`), plus a dozen elementwise operations a weight. Memory: 29 bytes a weight of the block beside the block
+(`products`), plus a dozen elementwise operations a weight. Memory: 29 bytes a weight of the block beside the block
 itself, and the activations of one step.
 """
 
@@ -35,10 +35,10 @@ from torch import Tensor
 from fewbits.errors import UnsupportedError
 from fewbits.formats import Float, Format, QTensor
 from fewbits.methods._fake_quant import Choice, Rounding
-from fewbits.methods._products import product_type, products_in
 from fewbits.methods._windows import batches
 from fewbits.methods.base import Solver
 from fewbits.methods.block import Block, Stats
+from fewbits.methods.products import product_type, products_in
 from fewbits.methods.rtn import RoundToNearest
 
 START = RoundToNearest()

@@ -14,7 +14,7 @@ relative changes, so that one rate fits all; it falls to 0 along half a cosine.
 Memory: codes, five float32 numbers a scale, the hidden states between blocks for one step, and one decoded block with
 its activations, because the backward pass runs each block again instead of keeping what happened in it. The original is
 known by the hidden states that its last block returned; predictions are made of them a window at a time. In training
-they are multiplied as the blocks are (`_products`), on held-out text in float32.
+they are multiplied as the blocks are (`products`), on held-out text in float32.
 
 Part of the text is held out of the training. The model is measured on it now and then, with numbers as they will be
 stored, and the best one is returned: the one that came, if none is better.
@@ -33,10 +33,10 @@ from torch import Tensor
 from fewbits.errors import UnsupportedError
 from fewbits.formats import Float, QTensor
 from fewbits.methods._fake_quant import Choice, Rescaling
-from fewbits.methods._products import product_type, products_in
 from fewbits.methods._windows import batches
 from fewbits.methods.base import Finished, Finisher, Quantized
 from fewbits.methods.block import Block
+from fewbits.methods.products import product_type, products_in
 
 CHECKS = 5
 """How often the model is measured on held-out text."""

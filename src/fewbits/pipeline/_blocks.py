@@ -23,6 +23,7 @@ from fewbits.checkpoint.activations import INPUT_SCALE, cache_scales
 from fewbits.engine import LayeredModel
 from fewbits.engine.cache import watched_caches
 from fewbits.formats import ActivationFormat, Format, QTensor
+from fewbits.methods.base import Solver
 from fewbits.methods.block import Block
 from fewbits.methods.recipe import Recipe
 from fewbits.models import Slot, links
@@ -126,9 +127,9 @@ def solve_block(work: Work, index: int, streams: Streams) -> SolvedBlock:
         transform.transform(block, local_formats(work, block), stats)
     changed = _changed(work, block, kept)
     solver = work.recipe.solver
-    stats = measure(block, (*solver.needs, *solver.wants), streams)
-    if streams.original is not None:  # a transformed block returns what it returned before
-        advance(block, streams.original, streams.batch)
+    stats = measure(block, stats_of(solver), streams)
+    if streams.original is not None and "drift" not in stats_of(solver):
+        advance(block, streams.original, streams.batch)  # a transformed block returns what it returned before
     matrices = solver.quantize_block(block, local_formats(work, block), stats)
     del stats
     errors = {name: _insert(block, name, q) for name, q in matrices.items()}
@@ -150,6 +151,10 @@ def replay_block(work: Work, index: int, streams: Streams, solved: SolvedBlock) 
         if stream is not None:
             advance(block, stream, streams.batch)
     work.model.drop(index)
+
+
+def stats_of(solver: Solver) -> tuple[str, ...]:
+    return (*solver.needs, *solver.wants)
 
 
 def restore(block: Block, solved: SolvedBlock) -> None:
@@ -230,15 +235,19 @@ def scale_name(matrix: str) -> str:
 
 
 def measure(block: Block, needs: Sequence[str], streams: Streams) -> dict[str, dict[str, Tensor]]:
-    """Statistics of what each matrix of the block reads, with the block as it is now."""
+    """Statistics of what each matrix of the block reads, with the block as it is now.
+
+    Where `drift` is among them the original's stream has to pass the block for it, and is moved on.
+    """
     if not needs:
         return {}
     watched, collector = _watched(block), measured(block, needs, streams.ids.numel())
     for start, states in streams.quantized.batches(streams.batch):
-        if "cross" in needs and streams.original is not None:
+        if "drift" in needs and streams.original is not None:
             with Recorder(watched) as recorder:
-                block.run(streams.original.span(start, start + len(states)).to(block.device))
+                original = block.run(streams.original.span(start, start + len(states)).to(block.device))
             collector.originals = recorder.inputs
+            streams.original.put(start, original)
         with collector:
             block.run(states.to(block.device))
     sites = collector.statistics()

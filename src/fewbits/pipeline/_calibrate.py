@@ -19,6 +19,7 @@ from fewbits.errors import UnsupportedError
 from fewbits.evals import Windows, calibration_windows, model_identity
 from fewbits.formats import Float
 from fewbits.methods import Finisher
+from fewbits.methods.products import product_type
 from fewbits.models import Slot
 from fewbits.pipeline._blocks import Streams, Work, replay_block, solve_block
 from fewbits.pipeline._finish import finish_blocks, held_out_divergence, run_solved
@@ -203,6 +204,7 @@ def make_work(job: Job, calibration: Calibration) -> tuple[Work, dict[str, str]]
     dtypes = {parameter: _dtype(job, name) for parameter, name in entries.items()}
     formats = {name: plan[name].format for name in slots}
     shapes = {piece.name: piece.shape for piece in job.pieces if piece.name in slots}
+    model.products = product_type(formats.values(), model.device)
     return Work(
         model, job.recipe, formats, slots, shapes, dtypes, replace(job.rounded, observer=calibration.observer)
     ), entries

@@ -49,7 +49,7 @@ def foresee(work: Work, ids: Tensor, held: int, memory: int) -> tuple[Estimate, 
 def needs_original(recipe: Recipe) -> bool:
     """Whether a method compares with what the original's blocks read or return."""
     methods = (*recipe.transforms, recipe.solver)
-    return any(method.runs or "cross" in (*method.needs, *method.wants) for method in methods)
+    return any(method.runs or "drift" in (*method.needs, *method.wants) for method in methods)
 
 
 def _first_block(work: Work, ids: Tensor) -> tuple[int, float]:

@@ -2,7 +2,7 @@
 
 What counts is how far the predictions of the model as it is now (blocks so far quantized, the rest original) are from
 the original's, in nats per token, on windows that nothing is calibrated on. Finding out means running the rest of the
-model on them, so it is done after every eighth of the blocks and after the last one. When a check fails, the blocks
+model on them, so it is done after every quarter of the blocks. When a check fails, the blocks
 since the last one are put in again one by one, to name the one that broke it.
 """
 
@@ -18,7 +18,7 @@ from fewbits.errors import QualityError
 from fewbits.evals import kl_divergence
 from fewbits.pipeline._activations import Activations
 
-CHECKS = 8  # over the whole model
+CHECKS = 4  # over the whole model
 
 Redo = Callable[[int, Activations], None]
 """Moves a stream behind quantized block `index` once more."""
@@ -42,7 +42,7 @@ class Guard:
         Raises QualityError past the limit, naming the block that passed it.
         """
         count = len(self._model.layers)
-        if index < count - 1 and (index + 1) % max(1, count // CHECKS):
+        if index < count - 1 and (index + 1) % -(-count // CHECKS):
             return
         divergence = self.measure(index, held)
         if not divergence <= self._limit:

@@ -12,7 +12,7 @@ statistics with `is` can see it.
     magnitude    mean of |x|      [K]      what AWQ and SmoothQuant scale by
     absmax       largest |x|      [K]
     hessian      mean of x·xᵀ     [K, K]   half the second derivative of the squared error of a layer's output
-    cross        mean of x'·xᵀ    [K, K]   x' what the original model's matrix reads at the same token
+    drift        mean (x' − x)·xᵀ [K, K]   x' what the original model's matrix reads at the same token
     samples      some of the x    [S, K]   spread evenly over all tokens
 
 Means are over tokens and accumulated in float32 from sums of one batch each; the Hessian's products are BLAS's.
@@ -33,7 +33,9 @@ from torch.overrides import TorchFunctionMode
 
 from fewbits.stats.observers import Observer
 
-STATISTICS = ("importance", "magnitude", "absmax", "hessian", "cross", "samples")
+STATISTICS = ("importance", "magnitude", "absmax", "hessian", "drift", "samples")
+STRIPE = 512
+"""Rows of a Hessian that are summed at a time: large enough for BLAS, small enough to skip half of a large one."""
 SAMPLES = 512
 """Rows kept of each input where `samples` are asked for."""
 
@@ -58,11 +60,11 @@ class InputStatistics:
     _cached: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Count rows x [T, K]; original: the same tokens' rows in the original model, for `cross`."""
+        """Count rows x [T, K]; original: the same tokens' rows in the original model, for `drift`."""
         x = x.detach().float()
-        if "cross" in self.wanted and original is not None:
-            total = self._sums.setdefault("cross", x.new_zeros(x.shape[1], x.shape[1]))
-            total.addmm_(original.T, x)
+        if "drift" in self.wanted and original is not None:
+            total = self._sums.setdefault("drift", x.new_zeros(x.shape[1], x.shape[1]))
+            total += torch.mm((original - x).T, x)  # in the type that the model multiplies in
         for name in ("importance", "magnitude", "absmax", "hessian"):
             if name in self.wanted:
                 self._accumulate(name, x)
@@ -90,12 +92,18 @@ class InputStatistics:
     def _value(self, name: str) -> Tensor:
         if name == "samples":
             return torch.cat(self._kept)
-        return self._sums[name] if name == "absmax" else self._sums[name].div_(max(1, self.tokens))
+        total = self._sums[name]
+        if name == "hessian":
+            for start in range(0, len(total), STRIPE):
+                stop = start + STRIPE
+                total[stop:, start:stop] = total[start:stop, stop:].T
+        return total if name == "absmax" else total.div_(max(1, self.tokens))
 
     def _accumulate(self, name: str, x: Tensor) -> None:
         if name == "hessian":
             total = self._sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1]))
-            total.addmm_(x.T, x)
+            for start in range(0, x.shape[1], STRIPE):  # on and above the diagonal; `value` mirrors the rest
+                total[start : start + STRIPE, start:].addmm_(x[:, start : start + STRIPE].T, x[:, start:])
             return
         if name == "absmax":
             peak = x.abs().amax(0)
@@ -110,7 +118,7 @@ class Collector(TorchFunctionMode):
 
     tokens: about how many rows will pass in all, so that samples are spread over them. observer: makes what watches
     one input, for static scales of activations. `originals` holds what the original model's matrices read in the batch
-    that is about to run, by site, where `cross` is wanted; experts have none, because the same tokens may be routed
+    that is about to run, by site, where `drift` is wanted; experts have none, because the same tokens may be routed
     elsewhere in the two models.
     """
 
