@@ -132,6 +132,15 @@ class LayeredModel:
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden.float()
 
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within it, products are float32 ones: what is reported is measured so."""
+        products, self.products = self.products, torch.float32
+        try:
+            yield
+        finally:
+            self.products = products
+
     def logits(self, x: Tensor) -> Tensor:
         """The model's predictions, float32 [B, T, vocab], from what the last layer returned [B, T, H]."""
         stub = self._returning(lambda _: x)

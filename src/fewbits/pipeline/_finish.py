@@ -122,5 +122,6 @@ def run_solved(work: Work, journal: Journal, stage: str, index: int, stream: Act
     """Move a stream behind a block of the journal."""
     block = open_block(work, index)
     restore(block, journal.load(stage, index))
-    advance(block, stream, BATCH)
+    with work.model.exact():
+        advance(block, stream, BATCH)
     work.model.drop(index)

@@ -83,8 +83,9 @@ class Guard:
         stream = copied(held)
         for later in range(index + 1, len(self._model.layers)):
             self._model.load(later)
-            for start, states in stream.batches(self._batch):
-                stream.put(start, self._model.run(later, states.to(self._model.device)))
+            with self._model.exact():
+                for start, states in stream.batches(self._batch):
+                    stream.put(start, self._model.run(later, states.to(self._model.device)))
             self._model.drop(later)
         return stream
 
