@@ -385,3 +385,26 @@ def test_text_unlike_the_calibration_text_is_warned_of(shared_models: Path, shar
     assert unlike is not None
     assert "unlike the evaluation text" in unlike
     assert alike is None
+
+
+def test_auto_needs_text_to_compare_on(deep: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="auto compares recipes on held-out text"):
+        fewbits.quantize(
+            deep, tmp_path / "out", format="int4-g32", method="auto", calibration=calibration(text=text(windows=1))
+        )
+
+
+def test_a_disk_that_is_full_is_said(tmp_path: Path) -> None:
+    """/dev/full takes nothing; states that were not kept must not be read as if they had been."""
+    kept = Activations(4, 64, 64, tmp_path / "states")
+    assert kept._file is not None
+    kept._file.close()
+    kept._file = Path("/dev/full").open("r+b")  # noqa: SIM115
+    with pytest.raises(OutputError, match="No space left"):
+        kept.put(0, torch.ones(4, 64, 64))
+    kept.close()
+    short = Activations(2, 3, 4, tmp_path / "short")
+    short.put(0, torch.ones(1, 3, 4))
+    with pytest.raises(OutputError, match="shorter than what was written"):
+        short.span(0, 2)
+    short.close()

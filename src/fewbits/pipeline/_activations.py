@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewbits.checkpoint._writer import disk_errors
+from fewbits.errors import OutputError
+
 
 class Activations:
     """Windows [T, H] float32 on the CPU, by index; those of a file are read when asked for."""
@@ -22,7 +25,7 @@ class Activations:
         """file: where to keep them instead of in memory; it is created, and removed by `close`."""
         self.shape = (windows, length, hidden)
         self._path = file
-        self._file = None if file is None else file.open("w+b", buffering=0)
+        self._file = None if file is None else file.open("w+b")  # buffered: a raw file may write less than it is given
         self._memory = torch.empty(self.shape if file is None else 0)
 
     def __len__(self) -> int:
@@ -39,7 +42,10 @@ class Activations:
             return self._memory[start:stop]
         data = np.empty((stop - start, *self.shape[1:]), np.float32)
         self._file.seek(start * self._window_bytes)
-        self._file.readinto(data.view(np.uint8).reshape(-1).data)
+        if self._file.readinto(data.view(np.uint8).reshape(-1).data) != data.nbytes:
+            raise OutputError(
+                f"{self._path}: shorter than what was written to it; leave the folder alone while it is used"
+            )
         return torch.from_numpy(data)
 
     def put(self, start: int, states: Tensor) -> None:
@@ -48,8 +54,10 @@ class Activations:
         if self._file is None:
             self._memory[start : start + len(states)] = states
             return
-        self._file.seek(start * self._window_bytes)
-        self._file.write(states.numpy().view(np.uint8).reshape(-1).data)
+        with disk_errors(self._path or Path()):
+            self._file.seek(start * self._window_bytes)
+            self._file.write(states.numpy().view(np.uint8).reshape(-1).data)
+            self._file.flush()
 
     def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """(first window, [B, T, H]) for all of them."""

@@ -51,11 +51,18 @@ def solve_auto(
         ]
         if not outcomes:
             raise QualityError(f"no recipe works on this model: {'; '.join(f'{t.recipe}: {t.note}' for t in trials)}")
-        best = min(outcomes, key=lambda outcome: outcome.run.divergence or 0.0)
+        best = min(outcomes, key=_divergence)
         run = _trained(best.run, auto, clock, trials)
         added = () if run is best.run else ("tune",)
         yield run.job(replace(best.job, trials=tuple(trials), finished_by=added))
         shutil.rmtree(unfinished(first.out), ignore_errors=True)
+
+
+def _divergence(outcome: Outcome) -> float:
+    """What recipes are compared by. Raises UnsupportedError where no text was held out to measure it on."""
+    if outcome.run.divergence is None:
+        raise UnsupportedError("auto compares recipes on held-out text, and there is none: give 2 or more windows")
+    return outcome.run.divergence
 
 
 class _Clock:

@@ -81,6 +81,7 @@ class Ready:
             "method": repr(job.recipe),
             "observer": self.calibration.observer if job.rounded.observed else None,
             "calibration": self.windows.digest,
+            "device": f"{self.work.model.device.type}, products in {self.work.model.products}",
             "versions": {name: version(name) for name in ("fewbits", "torch", "transformers")},
         }
 

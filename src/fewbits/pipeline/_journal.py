@@ -67,7 +67,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.close()
-        if not any(self.folder.glob("*.safetensors")):
+        if not any(self.folder.rglob("*.safetensors")):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def finished(self, stage: str) -> int:

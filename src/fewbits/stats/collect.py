@@ -96,6 +96,8 @@ class InputStatistics:
         if name == "hessian":
             for start in range(0, len(total), STRIPE):
                 stop = start + STRIPE
+                square = total[start:stop, start:stop]
+                square.copy_(square.triu() + square.triu(1).T)
                 total[stop:, start:stop] = total[start:stop, stop:].T
         return total if name == "absmax" else total.div_(max(1, self.tokens))
 
@@ -113,7 +115,30 @@ class InputStatistics:
         self._sums[name] = self._sums.get(name, 0) + terms.sum(0)
 
 
-class Collector(TorchFunctionMode):
+class Watcher(TorchFunctionMode):
+    """Within it, what linear layers with these weights (name -> tensor, 2-D or fused 3-D) read is shown to `see`."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+
+    def see(self, site: Site, x: Tensor) -> None:
+        """An input x [..., K] on its way into the layer at a site."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+            site = _site(self._names, weight)
+            if site is not None:
+                self.see(site, x)
+        return func(*args, **kwargs)
+
+
+class Collector(Watcher):
     """Within it, the inputs of `parameters` (name -> tensor, 2-D or fused 3-D) are counted.
 
     tokens: about how many rows will pass in all, so that samples are spread over them. observer: makes what watches
@@ -130,7 +155,7 @@ class Collector(TorchFunctionMode):
         tokens: int,
         observer: Callable[[], Observer] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(parameters)
         self._wanted = frozenset(wanted)
         unknown = self._wanted - set(STATISTICS)
         if unknown:
@@ -138,27 +163,15 @@ class Collector(TorchFunctionMode):
         self._every = max(1, tokens // SAMPLES)
         self._observer = observer
         self.originals: Mapping[Site, Tensor] = {}
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._sites: dict[Site, InputStatistics] = {}
         self._last: tuple[Tensor, InputStatistics] | None = None
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.linear:
-            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-            site = _site(self._names, weight)
-            if site is not None:
-                self._count(site, x)
-        return func(*args, **kwargs)
 
     def statistics(self) -> dict[Site, InputStatistics]:
         """What was seen, by site; an expert that no token came to has no entry."""
         self._last = None
         return self._sites
 
-    def _count(self, site: Site, x: Tensor) -> None:
+    def see(self, site: Site, x: Tensor) -> None:
         shared = self._last is not None and self._last[0] is x
         if shared and self._last is not None:
             self._sites.setdefault(site, self._last[1])
@@ -171,24 +184,15 @@ class Collector(TorchFunctionMode):
         self._last = (x, found)
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(Watcher):
     """Within it, what 2-D `parameters` read is kept in `inputs`, [T, K] by site; those that read the same share it."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._names = {id(parameter): name for name, parameter in parameters.items() if parameter.dim() == 2}
+        super().__init__({name: parameter for name, parameter in parameters.items() if parameter.dim() == 2})
         self.inputs: dict[Site, Tensor] = {}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.linear:
-            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-            site = _site(self._names, weight)
-            if site is not None:
-                self.inputs[site] = x.detach().float().reshape(-1, x.shape[-1])
-        return func(*args, **kwargs)
+    def see(self, site: Site, x: Tensor) -> None:
+        self.inputs[site] = x.detach().float().reshape(-1, x.shape[-1])
 
 
 def _site(names: Mapping[int, str], weight: Tensor) -> Site | None:
