@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fewbits.checkpoint import read_ledger
-from fewbits.engine import is_causal, load, open_weights
+from fewbits.engine import fast_float32, is_causal, load, open_weights
 from fewbits.errors import CheckpointError, FewbitsError, UnsupportedError
 from fewbits.evals.calibration import SELF, calibration_windows
 from fewbits.evals.divergence import Comparison, kl_divergence, require_numbers, require_windows, token_losses
@@ -61,8 +61,9 @@ def evaluate(
     """
     job = _Job(Path(model), Path(against), windows, length, torch.device(device), dtype, progress or _silent)
     job.check()
-    reference = job.reference(None if text is None else Path(text), seed)
-    figures = job.compare(reference).figures()
+    with fast_float32(device):
+        reference = job.reference(None if text is None else Path(text), seed)
+        figures = job.compare(reference).figures()
     tokens = reference.windows.ids[:, 1:].numel()
     return Evaluation(
         model=str(model),

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from fewbits.engine import fast_float32
 from fewbits.errors import UnsupportedError, VerificationError
 from fewbits.formats import Format
 from fewbits.methods import Recipe
@@ -93,6 +94,7 @@ def quantize(
         announce(whole, job)
     stages = Stages(progress, whole.seconds)
     with ExitStack() as stack:
+        stack.enter_context(fast_float32(given.device))
         if auto:
             job = stack.enter_context(solve_auto(auto, make, given, stages.next(solving.seconds)))
         elif ready is not None:
