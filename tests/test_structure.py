@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"formats"},
     "checkpoint": {"formats"},
     "nn": {"kernels", "formats"},
-    "methods": {"formats", "stats", "models"},
+    "methods": {"formats", "stats", "models", "kernels"},
     "plan": {"formats", "stats"},
     "models": {"nn"},
     "engine": {"models", "nn", "kernels", "checkpoint", "formats"},

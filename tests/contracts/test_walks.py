@@ -36,24 +36,34 @@ def carry_out(section: str, copy: Path) -> None:
         target.write_text(before.replace(f"{line}\n", f"{kept}{added}\n"), encoding="utf-8")
 
 
-def run(copy: Path, *arguments: str) -> str:
+# An editable installation's finder comes before PYTHONPATH.
+FROM_THE_COPY = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in type(f).__module__]"
+
+
+def run(copy: Path, code: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(copy), "COLUMNS": "160"}
     environment.pop("PYTEST_ADDOPTS", None)
     found = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", f"{FROM_THE_COPY}; {code}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
 
 
 def contract_tests(copy: Path, file: str, name: str) -> str:
-    return run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/contracts/{file}", "-k", name)
+    arguments = ["-q", "-p", "no:cacheprovider", f"tests/contracts/{file}", "-k", name]
+    return run(copy, f"import pytest; sys.exit(pytest.main({arguments}))")
 
 
 def commands(copy: Path, *lines: str) -> str:
     """What these commands of the copy print."""
     calls = "; ".join(f"assert main({line.split()}) == 0" for line in lines)
-    return run(copy, "-c", f"from fewbits.cli import main; {calls}")
+    return run(copy, f"from fewbits.cli import main; {calls}")
 
 
 def test_add_a_format(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ ones. So matrices are spread over threads instead, and each runs torch on one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+
+from fewbits.kernels.threads import workers
 
 T = TypeVar("T")
 
@@ -20,5 +21,5 @@ def in_parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
     threads = min(len(tasks), torch.get_num_threads())
     if threads <= 1:
         return [task() for task in tasks]
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with workers(threads) as pool:
         return list(pool.map(lambda task: task(), tasks))

@@ -40,7 +40,7 @@ from torch import Tensor
 from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import Float, Format, Grouped, Params, QTensor
 from fewbits.formats.base import require_finite
-from fewbits.methods._columns import round_columns, transposed
+from fewbits.kernels.round_columns import at_positions, round_columns
 from fewbits.methods._hessian import Factors, Objective, factor, solving_order
 from fewbits.methods.base import TensorMethod
 
@@ -90,7 +90,7 @@ class GPTQ(TensorMethod):
         objective, factors = factor(hessian, solving_order(hessian.diagonal(), group), self.damping)
         target = w.float().T[objective.columns]
         if drift is not None:
-            target += factors.solve((drift.float().T @ w.float().T)[objective.columns])
+            target += _made_up_for(drift.float(), factors, objective.columns, w.float())
         layer = Layer(format, objective, target)
         layer.solve(factors)
         del factors
@@ -134,7 +134,7 @@ class Layer:
             targets = torch.addmm(self.target[part], factors.feedback[part, later], self.error[later])
             if self.grouped:
                 run.params = self._fitted(targets, run.columns, factors.cost[part])
-            self._round(run, targets, factors.feedback[part, part], self.target[part], self.error[part])
+            self.error[part] = self._round(run, targets, factors.feedback[part, part], self.target[part])
 
     def sweep(self) -> None:
         """Coordinate descent: scales at fixed codes, then every column at fixed others."""
@@ -148,9 +148,7 @@ class Layer:
             if self.grouped:
                 self._rescale(run, values, slope, within)
             scaled = within.diagonal().reciprocal().unsqueeze(-1)
-            moved = torch.empty_like(values)
-            self._round(run, slope.mul_(scaled).add_(values), within * scaled, values, moved)
-            self.error[run.positions] += moved
+            self.error[run.positions] += self._round(run, slope.mul_(scaled).add_(values), within * scaled, values)
 
     def result(self) -> QTensor:
         """In the matrix's own order."""
@@ -175,9 +173,11 @@ class Layer:
         order = columns.argsort()
         return self.format.fit(targets[order].T, importance[order], search=True)
 
-    def _round(self, run: Run, targets: Tensor, feedback: Tensor, base: Tensor, moved: Tensor) -> None:
+    def _round(self, run: Run, targets: Tensor, feedback: Tensor, base: Tensor) -> Tensor:
+        """Set the run's codes; base − what they stand for."""
         params = self._of_columns(run, run.params)
-        run.codes = round_columns(self.format, targets, feedback, params, base, moved)
+        run.codes, moved = round_columns(self.format, targets, feedback, params, base)
+        return moved
 
     def _rescale(self, run: Run, values: Tensor, slope: Tensor, within: Tensor) -> None:
         """Scale a run's numbers to the least-squares fit for its codes, in each row where that, stored, is better.
@@ -212,7 +212,14 @@ class Layer:
 
     def _of_columns(self, run: Run, params: Params) -> Params:
         columns = run.columns % self.format.group if self.grouped else run.columns  # type: ignore[operator]
-        return transposed(self.format, params, columns)
+        return at_positions(self.format, params, columns)
+
+
+def _made_up_for(drift: Tensor, factors: Factors, columns: Tensor, w: Tensor) -> Tensor:
+    """(H + λI)⁻¹·Dᵀ·Wᵀ in the order of solving, [K, N]; the product with fewer columns is solved for."""
+    if len(w) < len(columns):
+        return factors.solve((drift.T @ w.T)[columns])
+    return factors.solve(drift.T[columns]) @ w.T
 
 
 def _stacked(experts: list[QTensor]) -> QTensor:

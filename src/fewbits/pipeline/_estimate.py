@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from fewbits.checkpoint import Entry, Reader
 from fewbits.checkpoint.base import FOREIGN_PART
 from fewbits.errors import OutputError
 from fewbits.formats import Float, Format
+from fewbits.kernels.threads import workers
 from fewbits.methods import TensorMethod
 from fewbits.results import Estimate
 
@@ -39,7 +39,7 @@ def estimate(
     weights = sum(entry.weights for entry in entries)
     at_once = max((_at_once(entry, method, part) for entry in entries), default=0)
     asked = min(max((entry.weights for entry in entries), default=0), FOREIGN_PART)
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as alone:  # as a part will be
+    with workers(1) as alone:  # as a part will be
         formats = {entry.format for entry in entries}
         per_weight = {format: alone.submit(_seconds_per_weight, method, format).result() for format in formats}
     work = sum(entry.weights * per_weight[entry.format] for entry in entries)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from threading import Event, Lock
@@ -21,6 +21,7 @@ import torch
 from fewbits.checkpoint import Entry, Writer
 from fewbits.errors import FormatError, LedgerError
 from fewbits.formats import Float, Format, QTensor
+from fewbits.kernels.threads import workers
 from fewbits.models import Piece
 from fewbits.pipeline._job import FP32, Job
 from fewbits.pipeline._memory import give_back_free_memory
@@ -55,7 +56,7 @@ def stream(job: Job, writer: Writer, threads: int, progress: Progress | None) ->
     """Quantize and write all pieces on `threads` threads. The first error stops them all."""
     stop, meter = Event(), _Meter(sum(entry.nbytes for entry in job.entries), progress)
     largest_first = sorted(job.pieces, key=lambda piece: _numel(piece.shape), reverse=True)
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with workers(threads) as pool:
         tasks = [pool.submit(_convert, job, piece, writer, meter, stop) for piece in largest_first]
         try:
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)

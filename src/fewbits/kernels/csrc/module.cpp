@@ -1,0 +1,47 @@
+// What Python sees. Shapes and values are checked by the Python side of each op; here only that they fit each other.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <stdexcept>
+
+#include "round_columns.h"
+
+namespace nb = nanobind;
+
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+namespace {
+
+void require(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(what);
+}
+
+void round_columns(Matrix targets, Matrix feedback, Matrix scale, Matrix offset, Vector levels, Vector midpoints,
+                   Matrix base, Output values, int threads) {
+  const std::size_t columns = targets.shape(0), rows = targets.shape(1), params = scale.shape(0);
+  require(feedback.shape(0) == columns && feedback.shape(1) == columns, "feedback must be [columns, columns]");
+  require(params == 1 || params == columns, "scale must be [1, rows] or [columns, rows]");
+  require(scale.shape(1) == rows && offset.shape(0) == params && offset.shape(1) == rows, "scale and offset differ");
+  require(base.shape(0) == columns && base.shape(1) == rows, "base must be [columns, rows]");
+  require(values.shape(0) == columns && values.shape(1) == rows, "values must be [columns, rows]");
+  require(levels.size() > 0, "there must be a level");
+  const std::size_t steps = midpoints.size() + 1;  // filled up to a power of two
+  require(midpoints.size() == 0 || ((steps & (steps - 1)) == 0 && steps >= levels.size() && steps < 2 * levels.size()),
+          "midpoints do not fit the levels");
+  const fewbits::Columns job{columns,      rows,          params,      targets.data(), feedback.data(),
+                             scale.data(), offset.data(), base.data(), values.data()};
+  const fewbits::Grid grid{{levels.data(), levels.size()}, {midpoints.data(), midpoints.size()}};
+  nb::gil_scoped_release released;
+  fewbits::round_columns(job, grid, threads);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  const auto as_is = [](const char* name) { return nb::arg(name).noconvert(); };  // a copy would be written to for nothing
+  m.def("round_columns", &round_columns, as_is("targets"), as_is("feedback"), as_is("scale"), as_is("offset"),
+        as_is("levels"), as_is("midpoints"), as_is("base"), as_is("values"), nb::arg("threads"));
+}
