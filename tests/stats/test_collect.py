@@ -48,12 +48,20 @@ def test_drift_is_between_the_same_tokens() -> None:
     for x, original in zip(inputs(6), inputs(6, seed=1), strict=True):
         with Recorder({"w": weight}) as recorder:
             linear(original, weight)
-        collector.originals = recorder.inputs
+        collector.originals = recorder.outputs
         with collector:
             linear(x, weight)
     x, original = (torch.cat([x.reshape(-1, 6) for x in inputs(6, seed=seed)]).double() for seed in (0, 1))
-    found = collector.statistics()[Site("w")].value("drift").double()
-    assert torch.allclose(found, (original - x).T @ x / len(x), atol=1e-5)
+    found = collector.drifts()[Site("w")].double()
+    assert torch.allclose(found, weight.double() @ (original - x).T @ x / len(x), atol=1e-5)
+
+
+def test_outputs_that_the_model_overwrites_are_not_kept() -> None:
+    weights = {name: torch.randn(4, 6) for name in "ab"}
+    with Recorder(weights) as recorder:
+        linear(torch.randn(5, 6), weights["a"]).add_(1.0)
+        linear(torch.randn(5, 6), weights["b"])
+    assert set(recorder.outputs) == {Site("b")}
 
 
 def test_matrices_that_read_the_same_share_and_others_do_not() -> None:

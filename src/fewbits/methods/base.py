@@ -106,7 +106,7 @@ class TensorMethod(Solver):
         format, matrices = plan[names[0]], [block.matrix(name) for name in names]
         if len(names) == 1:
             return {names[0]: self.quantize(matrices[0], format, stats.get(names[0], {}))}
-        q = self.quantize(torch.cat(matrices, dim=-2), format, stats[names[0]])
+        q = self.quantize(torch.cat(matrices, dim=-2), format, _on_top([stats[name] for name in names]))
         heights = [w.shape[-2] for w in matrices]
         codes = q.codes.split(heights, dim=-2)
         params = {key: p.split(heights, dim=-2) for key, p in q.params.items()}
@@ -156,6 +156,12 @@ class Finisher(Method):
     @abstractmethod
     def finish(self, model: Quantized) -> Finished:
         """Change params and free parameters, leave codes alone. Never worse on held-out text than what came in."""
+
+
+def _on_top(stats: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Statistics of matrices that read the same input, on top of each other; `drift` has a row for each of theirs."""
+    drifts = [found["drift"] for found in stats if "drift" in found]
+    return {**stats[0], "drift": torch.cat(drifts)} if drifts else dict(stats[0])
 
 
 def _groups(block: Block, plan: Mapping[str, Format], stats: Stats) -> list[list[str]]:

@@ -250,13 +250,17 @@ def measure(block: Block, needs: Sequence[str], streams: Streams) -> dict[str, d
         if "drift" in needs and streams.original is not None:
             with Recorder(watched) as recorder:
                 original = block.run(streams.original.span(start, start + len(states)).to(block.device))
-            collector.originals = recorder.inputs
+            collector.originals = recorder.outputs
             streams.original.put(start, original)
         with collector:
             block.run(states.to(block.device))
-    sites = collector.statistics()
+    sites, drifts = collector.statistics(), collector.drifts()
     pooled = _pooled(sites)
-    return {name: _of_slot(slot, block, sites, pooled) for name, slot in block.slots.items()}
+    found = {name: _of_slot(slot, block, sites, pooled) for name, slot in block.slots.items()}
+    for name, slot in block.slots.items():
+        if Site(slot.parameter) in drifts:
+            found[name]["drift"] = slot.take(drifts[Site(slot.parameter)])
+    return found
 
 
 def measured(block: Block, needs: Sequence[str], tokens: int) -> Collector:

@@ -6,14 +6,14 @@ keeps in one 3-D parameter and multiplies by slices of it; an expert's statistic
 routed to it, and from no others.
 
 Matrices that read the same tensor (queries, keys and values; gate and up) share one accumulator: whoever compares their
-statistics with `is` can see it.
+statistics with `is` can see it. Only `drift` belongs to each matrix.
 
     importance   mean of x²       [K]      weight of a column's squared error
     magnitude    mean of |x|      [K]      what AWQ and SmoothQuant scale by
     absmax       largest |x|      [K]
     hessian      mean of x·xᵀ     [K, K]   half the second derivative of the squared error of a layer's output
-    drift        mean (x' − x)·xᵀ [K, K]   x' what the original model's matrix reads at the same token
     samples      some of the x    [S, K]   spread evenly over all tokens
+    drift        mean (y' − y)·xᵀ [N, K]   y = W·x; y' what the original model's matrix makes of the same token
 
 Means are over tokens and accumulated in float32 from sums of one batch each; the Hessian's products are BLAS's.
 
@@ -33,7 +33,8 @@ from torch.overrides import TorchFunctionMode
 
 from fewbits.stats.observers import Observer
 
-STATISTICS = ("importance", "magnitude", "absmax", "hessian", "drift", "samples")
+OF_INPUTS = ("importance", "magnitude", "absmax", "hessian", "samples")
+STATISTICS = (*OF_INPUTS, "drift")
 STRIPE = 512
 """Rows of a Hessian that are summed at a time: large enough for BLAS, small enough to skip half of a large one."""
 SAMPLES = 512
@@ -59,12 +60,9 @@ class InputStatistics:
     _kept: list[Tensor] = field(default_factory=list)
     _cached: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Count rows x [T, K]; original: the same tokens' rows in the original model, for `drift`."""
+    def add(self, x: Tensor) -> None:
+        """Count rows x [T, K]."""
         x = x.detach().float()
-        if "drift" in self.wanted and original is not None:
-            total = self._sums.setdefault("drift", x.new_zeros(x.shape[1], x.shape[1]))
-            total += torch.mm((original - x).T, x)  # in the type that the model multiplies in
         for name in ("importance", "magnitude", "absmax", "hessian"):
             if name in self.wanted:
                 self._accumulate(name, x)
@@ -82,7 +80,7 @@ class InputStatistics:
 
     def values(self) -> dict[str, Tensor]:
         seen = self._sums.keys() | ({"samples"} if self._kept else set())
-        return {name: self.value(name) for name in STATISTICS if name in seen}
+        return {name: self.value(name) for name in OF_INPUTS if name in seen}
 
     @property
     def nbytes(self) -> int:
@@ -116,35 +114,36 @@ class InputStatistics:
 
 
 class Watcher(TorchFunctionMode):
-    """Within it, what linear layers with these weights (name -> tensor, 2-D or fused 3-D) read is shown to `see`."""
+    """Within it, what linear layers with these weights (name -> tensor, 2-D or fused 3-D) do is shown to `see`."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
 
-    def see(self, site: Site, x: Tensor) -> None:
-        """An input x [..., K] on its way into the layer at a site."""
+    def see(self, site: Site, x: Tensor, y: Tensor) -> None:
+        """What the layer at a site read, x [..., K], and returned, y [..., N]."""
         raise NotImplementedError
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        found = func(*args, **kwargs)
         if func is torch.nn.functional.linear:
             x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
             site = _site(self._names, weight)
             if site is not None:
-                self.see(site, x)
-        return func(*args, **kwargs)
+                self.see(site, x, found)
+        return found
 
 
 class Collector(Watcher):
     """Within it, the inputs of `parameters` (name -> tensor, 2-D or fused 3-D) are counted.
 
     tokens: about how many rows will pass in all, so that samples are spread over them. observer: makes what watches
-    one input, for static scales of activations. `originals` holds what the original model's matrices read in the batch
-    that is about to run, by site, where `drift` is wanted; experts have none, because the same tokens may be routed
-    elsewhere in the two models.
+    one input, for static scales of activations. `originals` holds what the original model's matrices returned in the
+    batch that is about to run, by site, where `drift` is wanted; experts have none, because the same tokens may be
+    routed elsewhere in the two models.
     """
 
     def __init__(
@@ -164,6 +163,7 @@ class Collector(Watcher):
         self._observer = observer
         self.originals: Mapping[Site, Tensor] = {}
         self._sites: dict[Site, InputStatistics] = {}
+        self._drifts: dict[Site, Tensor] = {}
         self._last: tuple[Tensor, InputStatistics] | None = None
 
     def statistics(self) -> dict[Site, InputStatistics]:
@@ -171,28 +171,44 @@ class Collector(Watcher):
         self._last = None
         return self._sites
 
-    def see(self, site: Site, x: Tensor) -> None:
-        shared = self._last is not None and self._last[0] is x
-        if shared and self._last is not None:
+    def drifts(self) -> dict[Site, Tensor]:
+        """`drift` [N, K] of each site that `originals` were given for."""
+        return {site: total / max(1, self._sites[site].tokens) for site, total in self._drifts.items()}
+
+    def see(self, site: Site, x: Tensor, y: Tensor) -> None:
+        self._count(site, x)
+        original = self.originals.get(site)
+        if "drift" in self._wanted and original is not None:
+            moved = (original - y).reshape(-1, y.shape[-1])
+            product = torch.mm(moved.T, x.reshape(-1, x.shape[-1]))  # in the type that the model multiplies in
+            self._drifts[site] = self._drifts[site].add_(product) if site in self._drifts else product.float()
+
+    def _count(self, site: Site, x: Tensor) -> None:
+        if self._last is not None and self._last[0] is x:
             self._sites.setdefault(site, self._last[1])
             return
         found = self._sites.get(site)
         if found is None:
             observer = self._observer() if self._observer else None
             found = self._sites[site] = InputStatistics(self._wanted, self._every, observer)
-        found.add(x.reshape(-1, x.shape[-1]), self.originals.get(site))
+        found.add(x.reshape(-1, x.shape[-1]))
         self._last = (x, found)
 
 
 class Recorder(Watcher):
-    """Within it, what 2-D `parameters` read is kept in `inputs`, [T, K] by site; those that read the same share it."""
+    """Within it, what 2-D `parameters` return is kept."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__({name: parameter for name, parameter in parameters.items() if parameter.dim() == 2})
-        self.inputs: dict[Site, Tensor] = {}
+        self._seen: dict[Site, tuple[Tensor, int]] = {}
 
-    def see(self, site: Site, x: Tensor) -> None:
-        self.inputs[site] = x.detach().float().reshape(-1, x.shape[-1])
+    @property
+    def outputs(self) -> dict[Site, Tensor]:
+        """[..., N] by site, but for those that the model has overwritten since."""
+        return {site: y for site, (y, version) in self._seen.items() if y._version == version}
+
+    def see(self, site: Site, x: Tensor, y: Tensor) -> None:
+        self._seen[site] = (y.detach(), y._version)
 
 
 def _site(names: Mapping[int, str], weight: Tensor) -> Site | None:
