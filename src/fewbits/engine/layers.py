@@ -10,7 +10,6 @@ same arguments are used for every batch; all batches are windows of one length.
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -230,7 +229,6 @@ class LayeredModel:
         for name in self._expected:
             if self.layer_of(name) is None:
                 self._to_meta(name)
-        gc.collect()
 
     def _fill(self, wanted: Callable[[str], bool]) -> None:
         filled = set[str]()

@@ -68,6 +68,13 @@ class Solver(Method):
         """How many windows it runs through each block, back and forth counting as three: for the estimate of time."""
         return 0.0
 
+    @property
+    def in_order(self) -> bool:
+        """Whether matrices are to be solved in the order in which the block uses them, each measured behind those
+        before it; otherwise all are measured in the block as it was.
+        """
+        return False
+
     @abstractmethod
     def quantize_block(self, block: Block, plan: Mapping[str, Format], stats: Stats) -> dict[str, QTensor]:
         """QTensors of the block's matrices, in the plan's formats.

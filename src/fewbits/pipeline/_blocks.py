@@ -9,15 +9,12 @@ One block is in memory at a time, in float32, with the statistics of its inputs.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from fewbits.checkpoint.activations import INPUT_SCALE, cache_scales
 from fewbits.engine import LayeredModel
@@ -28,9 +25,9 @@ from fewbits.methods.block import Block
 from fewbits.methods.recipe import Recipe
 from fewbits.models import Slot, links
 from fewbits.pipeline._activations import Activations
-from fewbits.stats import Collector, InputStatistics, Recorder, Site, observer_named
-
-BATCH = 1024  # tokens that run through a block at a time: no slower than more, and its wide layers take less memory
+from fewbits.pipeline._measure import in_order_of_use, measure, put_behind, watched
+from fewbits.pipeline._streams import Streams
+from fewbits.stats import Collector, Site, observer_named
 
 
 @dataclass(frozen=True)
@@ -83,55 +80,18 @@ class Work:
     rounded: Rounded = field(default_factory=Rounded)
 
 
-class Streams:
-    """The hidden states in front of the next block, of calibration windows ids [n, T].
-
-    quantized: behind quantized blocks; original: behind original ones, None where nobody asks for it.
-    """
-
-    def __init__(
-        self, work: Work, ids: Tensor, *, folder: Path, limit: int, original: bool, held: Tensor | None = None
-    ) -> None:
-        self.batch = max(1, BATCH // ids.shape[1])
-        self.ids = ids
-        spill = 4 * (1 + original) * ids.numel() * work.model.hidden_size > limit
-        files = [folder / f"{name}.states" if spill else None for name in ("quantized", "original")]
-        with work.model.outside():
-            self.quantized = embedded(work.model, ids, self.batch, files[0])
-            self.original = embedded(work.model, ids, self.batch, files[1]) if original else None
-            self.held = None if held is None else embedded(work.model, held, self.batch)
-
-    def close(self) -> None:
-        """Free everything, on disk too."""
-        for stream in (self.quantized, self.original, self.held):
-            if stream is not None:
-                stream.close()
-
-
-def embedded(model: LayeredModel, ids: Tensor, batch: int, file: Path | None = None) -> Activations:
-    """What the first block reads of windows ids [n, T]."""
-    windows, length = ids.shape
-    stream = Activations(windows, length, model.hidden_size, file)
-    for start in range(0, len(ids), batch):
-        stream.put(start, model.embed(ids[start : start + batch]))
-    return stream
-
-
 @torch.no_grad()
 def solve_block(work: Work, index: int, streams: Streams) -> SolvedBlock:
     """Quantize a block and move the streams behind it."""
     block = open_block(work, index, streams)
     kept = _kept(block)
     for transform in work.recipe.transforms:
-        stats = measure(block, (*transform.needs, *transform.wants), streams)
+        stats = measure(block, (*transform.needs, *transform.wants), streams, {})
         transform.transform(block, local_formats(work, block), stats)
     changed = _changed(work, block, kept)
-    solver = work.recipe.solver
-    stats = measure(block, stats_of(solver), streams)
-    if streams.original is not None and "drift" not in stats_of(solver):
+    matrices = _solved(work, block, streams)
+    if streams.original is not None and "drift" not in stats_of(work.recipe.solver):
         advance(block, streams.original, streams.batch)  # a transformed block returns what it returned before
-    matrices = solver.quantize_block(block, local_formats(work, block), stats)
-    del stats
     errors = {name: _insert(block, name, q) for name, q in matrices.items()}
     scales = _observed(work, index, block, streams)
     _advance_held(work, block, streams)
@@ -149,6 +109,23 @@ def replay_block(work: Work, index: int, streams: Streams, solved: SolvedBlock) 
     advance(block, streams.quantized, streams.batch)
     _advance_held(work, block, streams)
     work.model.drop(index)
+
+
+def _solved(work: Work, block: Block, streams: Streams) -> dict[str, QTensor]:
+    """The block's matrices, solved all at once or, where the solver wants that, in the order in which they are used:
+    then what each reads is measured behind those before it.
+    """
+    solver, formats = work.recipe.solver, local_formats(work, block)
+    steps = in_order_of_use(block, streams) if solver.in_order else [tuple(block.slots)]
+    solved, behind = dict[str, QTensor](), dict[str, Tensor]()
+    for names in steps:
+        part = replace(block, slots={name: block.slots[name] for name in names})
+        stats = measure(part, stats_of(solver), streams, behind, last=names == steps[-1])
+        found = solver.quantize_block(part, {name: formats[name] for name in names}, stats)
+        solved |= found
+        if names != steps[-1]:
+            put_behind(behind, part, found, work.model.products)
+    return {name: solved[name] for name in block.slots}
 
 
 def stats_of(solver: Solver) -> tuple[str, ...]:
@@ -216,7 +193,7 @@ def _observed(work: Work, index: int, block: Block, streams: Streams) -> dict[st
         advance(block, streams.quantized, streams.batch)
         return {}
     factory = observer_named(rounded.observer)
-    collector = Collector(_watched(block), (), tokens=streams.ids.numel(), observer=factory)
+    collector = Collector(watched(block), (), tokens=streams.ids.numel(), observer=factory)
     caches = {module: (name, factory(), factory()) for name, module in work.model.attentions(index).items()}
     with collector, watched_caches({module: (k.add, v.add) for module, (_, k, v) in caches.items()}):
         advance(block, streams.quantized, streams.batch)
@@ -236,74 +213,6 @@ def _observed(work: Work, index: int, block: Block, streams: Streams) -> dict[st
 def scale_name(matrix: str) -> str:
     """The entry of a matrix's static input scale."""
     return matrix.removesuffix(".weight") + INPUT_SCALE
-
-
-def measure(block: Block, needs: Sequence[str], streams: Streams) -> dict[str, dict[str, Tensor]]:
-    """Statistics of what each matrix of the block reads, with the block as it is now.
-
-    Where `drift` is among them the original's stream has to pass the block for it, and is moved on.
-    """
-    if not needs:
-        return {}
-    watched, collector = _watched(block), measured(block, needs, streams.ids.numel())
-    for start, states in streams.quantized.batches(streams.batch):
-        if "drift" in needs and streams.original is not None:
-            with Recorder(watched) as recorder:
-                original = block.run(streams.original.span(start, start + len(states)).to(block.device))
-            collector.originals = recorder.outputs
-            streams.original.put(start, original)
-        with collector:
-            block.run(states.to(block.device))
-    sites, drifts = collector.statistics(), collector.drifts()
-    pooled = _pooled(sites)
-    found = {name: _of_slot(slot, block, sites, pooled) for name, slot in block.slots.items()}
-    for name, slot in block.slots.items():
-        if Site(slot.parameter) in drifts:
-            found[name]["drift"] = slot.take(drifts[Site(slot.parameter)])
-    return found
-
-
-def measured(block: Block, needs: Sequence[str], tokens: int) -> Collector:
-    """What collects statistics of the inputs of the block's matrices, of about so many tokens."""
-    return Collector(_watched(block), needs, tokens=tokens)
-
-
-def _watched(block: Block) -> dict[str, Tensor]:
-    return {slot.parameter: block.parameters[slot.parameter] for slot in block.slots.values()}
-
-
-def _of_slot(
-    slot: Slot, block: Block, sites: Mapping[Site, InputStatistics], pooled: Callable[[str], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    parameter = block.parameters[slot.parameter]
-    if parameter.dim() == 2:
-        return sites[Site(slot.parameter)].values()
-    if slot.expert is not None:
-        found = sites.get(Site(slot.parameter, slot.expert))
-        return found.values() if found is not None else pooled(slot.parameter)
-    experts = [sites.get(Site(slot.parameter, e)) for e in range(parameter.shape[0])]
-    values = [pooled(slot.parameter) if found is None else found.values() for found in experts]
-    # Experts have different numbers of samples; rows of zeros, which add to no error, make them alike.
-    return {key: pad_sequence([value[key] for value in values], batch_first=True) for key in values[0]}
-
-
-def _pooled(sites: Mapping[Site, InputStatistics]) -> Callable[[str], dict[str, Tensor]]:
-    """Statistics of an expert that no calibration token came to: the mean over the others, weighted by their tokens."""
-    by_parameter: dict[str, list[InputStatistics]] = defaultdict(list)
-    for site, found in sites.items():
-        by_parameter[site.parameter].append(found)
-
-    def pooled(parameter: str) -> dict[str, Tensor]:
-        seen = by_parameter[parameter]
-        total = sum(found.tokens for found in seen)
-        first = seen[0].values()
-        means = {}
-        for key in first:
-            values = [found.value(key) * (1 if key == "samples" else found.tokens / total) for found in seen]
-            means[key] = torch.cat(values) if key == "samples" else torch.stack(values).sum(0)
-        return means
-
-    return pooled
 
 
 def _kept(block: Block) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from fewbits.formats import Float
 from fewbits.methods import Finisher
 from fewbits.methods.products import product_type
 from fewbits.models import Slot
-from fewbits.pipeline._blocks import Streams, Work, replay_block, solve_block
+from fewbits.pipeline._blocks import Work, replay_block, solve_block
 from fewbits.pipeline._finish import finish_blocks, held_out_divergence, run_solved
 from fewbits.pipeline._foresight import foresee, needs_original
 from fewbits.pipeline._guard import Guard
@@ -29,6 +29,7 @@ from fewbits.pipeline._job import Job
 from fewbits.pipeline._journal import Journal, unfinished
 from fewbits.pipeline._memory import give_back_free_memory
 from fewbits.pipeline._solved import Overlay, Solved
+from fewbits.pipeline._streams import Streams
 from fewbits.results import CalibrationReport, Estimate
 
 Progress = Callable[[int, int, str], None]
@@ -157,7 +158,7 @@ def solving(job: Job, ready: Ready, progress: Progress | None, folder: Path | No
     steps = len(work.model.layers) * (1 + len(work.recipe.finishers))
     with Journal(folder or unfinished(job.out), ready.facts(job), work.formats) as journal:
         streams = Streams(
-            work,
+            work.model,
             ready.windows.ids,
             folder=journal.folder,
             limit=ready.calibration.memory,

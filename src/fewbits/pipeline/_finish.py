@@ -18,9 +18,10 @@ from fewbits.methods import Finisher
 from fewbits.methods.base import Finished, Quantized
 from fewbits.methods.block import Block
 from fewbits.pipeline._activations import Activations
-from fewbits.pipeline._blocks import SolvedBlock, Work, advance, block_of, embedded, open_block, relative_error, restore
+from fewbits.pipeline._blocks import SolvedBlock, Work, advance, block_of, open_block, relative_error, restore
 from fewbits.pipeline._guard import Guard
 from fewbits.pipeline._journal import Journal
+from fewbits.pipeline._streams import embedded
 
 Progress = Callable[[int, int, str], None]
 BATCH = 8  # windows

@@ -9,6 +9,7 @@ statistics of its inputs, the hidden states.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,14 +17,18 @@ from torch import Tensor
 from fewbits.formats import Format
 from fewbits.methods import TensorMethod
 from fewbits.methods.recipe import Recipe
-from fewbits.pipeline._blocks import BATCH, Work, measured, open_block
+from fewbits.pipeline._blocks import Work, open_block
 from fewbits.pipeline._estimate import resident_memory
 from fewbits.pipeline._guard import CHECKS
+from fewbits.pipeline._measure import measured
+from fewbits.pipeline._streams import BATCH
 from fewbits.results import Estimate
+from fewbits.stats import AllSeen
 
 SAMPLE = (256, 1024)  # rows and columns of the random matrix that a solver is timed on
 HELD_COPIES = 4  # of the held-out windows' hidden states in memory
 BATCH_COPIES = 12  # of one batch's hidden states in memory while a block runs, those of wider layers included
+PARTS = 1.25  # runs, in all, up to the matrices of one step after the other, but for the last step's
 SOLVER_COPIES = 6  # of the largest matrix, float32, in memory on each thread while it is solved; measured
 
 
@@ -62,7 +67,7 @@ def _first_block(work: Work, ids: Tensor) -> tuple[int, float]:
         block.run(x)  # the first time allocates
         began = time.perf_counter()
         collector = measured(block, needs, batch.numel())
-        with collector:
+        with suppress(AllSeen), collector:
             block.run(x)
         seconds = time.perf_counter() - began
     parameters = sum(p.numel() for p in block.parameters.values())
@@ -78,7 +83,10 @@ def _passes(work: Work, windows: int, held: int) -> float:
     """How often each calibration window goes through a block, over all blocks; held-out ones in proportion."""
     count, recipe = len(work.model.layers), work.recipe
     measuring = sum(bool((*m.needs, *m.wants)) for m in (*recipe.transforms, recipe.solver))
-    each = measuring + 1 + needs_original(recipe) + recipe.solver.windows_run / windows
+    streams = 1 + needs_original(recipe)
+    each = measuring + streams + recipe.solver.windows_run / windows
+    if recipe.solver.in_order:
+        each += streams * PARTS
     guarding = held / windows * count * (2 + min(CHECKS, count) / 2)
     return count * each + guarding
 

@@ -2,8 +2,9 @@
 
 What counts is how far the predictions of the model as it is now (blocks so far quantized, the rest original) are from
 the original's, in nats per token, on windows that nothing is calibrated on. Finding out means running the rest of the
-model on them, so it is done after every quarter of the blocks. When a check fails, the blocks
-since the last one are put in again one by one, to name the one that broke it.
+model on them, so it is done after every quarter of the blocks, and on all windows only in the end or where a few are
+past the limit. When a check fails, the blocks since the last one are put in again one by one, to name the one that
+broke it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from fewbits.evals import kl_divergence
 from fewbits.pipeline._activations import Activations
 
 CHECKS = 4  # over the whole model
+BATCH = 8  # windows that are copied at once
+GLANCE = 2  # windows that a check before the last one looks at first
 
 Redo = Callable[[int, Activations], None]
 """Moves a stream behind quantized block `index` once more."""
@@ -44,7 +47,9 @@ class Guard:
         count = len(self._model.layers)
         if index < count - 1 and (index + 1) % -(-count // CHECKS):
             return
-        divergence = self.measure(index, held)
+        divergence = self.measure(index, held, GLANCE) if index < count - 1 else torch.inf
+        if not divergence <= self._limit:
+            divergence = self.measure(index, held)
         if not divergence <= self._limit:
             raise self._broken(index, divergence, redo)
         self.divergence, self._last = divergence, index
@@ -68,19 +73,20 @@ class Guard:
         )
 
     @torch.no_grad()
-    def measure(self, index: int, held: Activations) -> float:
-        """The divergence with blocks up to `index` quantized, nats a token."""
-        stream, parts = self._rest(held, index), list[Tensor]()
+    def measure(self, index: int, held: Activations, windows: int | None = None) -> float:
+        """The divergence with blocks up to `index` quantized, nats a token; on the first `windows` alone if given."""
+        stream, parts = self._rest(held, index, windows), list[Tensor]()
         with self._model.outside():
-            for (_, ours), (_, theirs) in zip(stream.batches(1), self._original.batches(1), strict=True):
+            for start, ours in stream.batches(1):
+                theirs = self._original.span(start, start + 1)
                 logits = [self._model.logits(x.to(self._model.device))[0, :-1] for x in (theirs, ours)]
                 parts.append(kl_divergence(*logits))
         return float(torch.cat(parts).mean())
 
     @torch.no_grad()
-    def _rest(self, held: Activations, index: int) -> Activations:
-        """A stream behind block `index`, run through the original blocks after it."""
-        stream = copied(held)
+    def _rest(self, held: Activations, index: int, windows: int | None = None) -> Activations:
+        """A stream behind block `index`, or its first windows, run through the original blocks after it."""
+        stream = copied(held, windows)
         for later in range(index + 1, len(self._model.layers)):
             self._model.load(later)
             with self._model.exact():
@@ -90,8 +96,9 @@ class Guard:
         return stream
 
 
-def copied(stream: Activations) -> Activations:
-    copy = Activations(*stream.shape)
-    for start, states in stream.batches(8):
-        copy.put(start, states)
+def copied(stream: Activations, windows: int | None = None) -> Activations:
+    count = len(stream) if windows is None else min(windows, len(stream))
+    copy = Activations(count, *stream.shape[1:])
+    for start in range(0, count, BATCH):
+        copy.put(start, stream.span(start, min(start + BATCH, count)))
     return copy

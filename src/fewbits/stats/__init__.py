@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from fewbits.stats.collect import Collector, InputStatistics, Recorder, Site
+from fewbits.stats.collect import Collector, InputStatistics
 from fewbits.stats.observers import OBSERVERS, Observer, observer_named
+from fewbits.stats.watch import AllSeen, OrderOfUse, Recorder, Site
 
-__all__ = ["OBSERVERS", "Collector", "InputStatistics", "Observer", "Recorder", "Site", "observer_named"]
+__all__ = [
+    "OBSERVERS",
+    "AllSeen",
+    "Collector",
+    "InputStatistics",
+    "Observer",
+    "OrderOfUse",
+    "Recorder",
+    "Site",
+    "observer_named",
+]

@@ -1,10 +1,5 @@
 """Statistics of what linear layers read, gathered while the model runs.
 
-`Collector` watches every `torch.nn.functional.linear` whose weight is one of its parameters. That is one mechanism for
-everything a model may call a linear layer: `nn.Linear`, a router, and the experts of a mixture, which transformers
-keeps in one 3-D parameter and multiplies by slices of it; an expert's statistics then come from the tokens that were
-routed to it, and from no others.
-
 Matrices that read the same tensor (queries, keys and values; gate and up) share one accumulator: whoever compares their
 statistics with `is` can see it. Only `drift` belongs to each matrix.
 
@@ -25,13 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fewbits.stats.observers import Observer
+from fewbits.stats.watch import Site, Watcher
 
 OF_INPUTS = ("importance", "magnitude", "absmax", "hessian", "samples")
 STATISTICS = (*OF_INPUTS, "drift")
@@ -39,13 +33,6 @@ STRIPE = 512
 """Rows of a Hessian that are summed at a time: large enough for BLAS, small enough to skip half of a large one."""
 SAMPLES = 512
 """Rows kept of each input where `samples` are asked for."""
-
-
-class Site(NamedTuple):
-    """A weight that reads something: a parameter's name, and the expert's index in a fused one."""
-
-    parameter: str
-    expert: int | None = None
 
 
 @dataclass
@@ -101,7 +88,9 @@ class InputStatistics:
 
     def _accumulate(self, name: str, x: Tensor) -> None:
         if name == "hessian":
-            total = self._sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1]))
+            if name not in self._sums:
+                self._sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+            total = self._sums[name]
             for start in range(0, x.shape[1], STRIPE):  # on and above the diagonal; `value` mirrors the rest
                 total[start : start + STRIPE, start:].addmm_(x[:, start : start + STRIPE].T, x[:, start:])
             return
@@ -111,30 +100,6 @@ class InputStatistics:
             return
         terms = x.square() if name == "importance" else x.abs()
         self._sums[name] = self._sums.get(name, 0) + terms.sum(0)
-
-
-class Watcher(TorchFunctionMode):
-    """Within it, what linear layers with these weights (name -> tensor, 2-D or fused 3-D) do is shown to `see`."""
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
-
-    def see(self, site: Site, x: Tensor, y: Tensor) -> None:
-        """What the layer at a site read, x [..., K], and returned, y [..., N]."""
-        raise NotImplementedError
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        found = func(*args, **kwargs)
-        if func is torch.nn.functional.linear:
-            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-            site = _site(self._names, weight)
-            if site is not None:
-                self.see(site, x, found)
-        return found
 
 
 class Collector(Watcher):
@@ -153,8 +118,9 @@ class Collector(Watcher):
         *,
         tokens: int,
         observer: Callable[[], Observer] | None = None,
+        stop: bool = False,
     ) -> None:
-        super().__init__(parameters)
+        super().__init__(parameters, stop=stop)
         self._wanted = frozenset(wanted)
         unknown = self._wanted - set(STATISTICS)
         if unknown:
@@ -193,29 +159,3 @@ class Collector(Watcher):
             found = self._sites[site] = InputStatistics(self._wanted, self._every, observer)
         found.add(x.reshape(-1, x.shape[-1]))
         self._last = (x, found)
-
-
-class Recorder(Watcher):
-    """Within it, what 2-D `parameters` return is kept."""
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__({name: parameter for name, parameter in parameters.items() if parameter.dim() == 2})
-        self._seen: dict[Site, tuple[Tensor, int]] = {}
-
-    @property
-    def outputs(self) -> dict[Site, Tensor]:
-        """[..., N] by site, but for those that the model has overwritten since."""
-        return {site: y for site, (y, version) in self._seen.items() if y._version == version}
-
-    def see(self, site: Site, x: Tensor, y: Tensor) -> None:
-        self._seen[site] = (y.detach(), y._version)
-
-
-def _site(names: Mapping[int, str], weight: Tensor) -> Site | None:
-    """Which of some parameters (by identity) a weight is, or is a slice of; None if it is none of them."""
-    if id(weight) in names:
-        return Site(names[id(weight)])
-    base = weight._base
-    if base is None or id(base) not in names or base.dim() != 3:
-        return None
-    return Site(names[id(base)], weight.storage_offset() // base.stride(0))
