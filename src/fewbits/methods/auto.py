@@ -1,9 +1,10 @@
 """Auto: recipes tried one after the other on the model itself, and the one that is best on held-out text is kept.
 
 No recipe is best for every model and width: rotations help where channels stand out, factors (AWQ) where rounding is
-coarse, training wherever there is time. What decides is the divergence of predictions on text that nothing is
-calibrated on, after every block has been quantized. The first recipe always runs; a further one only if it is expected
-to be done in the time that is left; what remains is spent on training the best one end to end (`tune`).
+coarse, signed gradients where the layers of a block depend on each other. What decides is the divergence of predictions
+on text that nothing is calibrated on, after every block has been quantized. The first recipe always runs; a further one
+only if it is expected to be done in the time that is left; what remains is spent on training the best one end to end
+(`tune`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import ClassVar
 
 from fewbits.methods.base import Method
 
-CANDIDATES = ("gptq", "signround", "rotate+signround", "awq+signround")
+CANDIDATES = ("gptq", "rotate+gptq", "awq+gptq", "signround")
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,9 @@ class TensorMethod(Solver):
     rowwise: ClassVar[bool] = True
     """Whether a row's codes depend on that row alone, so that a tensor can be done a few rows at a time."""
     shares: ClassVar[bool] = False
-    """Whether matrices that read the same input are better solved as one, on top of each other."""
+    """Whether matrices that read the same input are better solved as one, on top of each other, and nothing beside
+    them: then torch has enough to spread over its threads, and one matrix at a time takes memory.
+    """
 
     @abstractmethod
     def quantize(self, w: Tensor, format: Format, stats: Mapping[str, Tensor]) -> QTensor:
@@ -103,8 +105,9 @@ class TensorMethod(Solver):
     @torch.no_grad()
     def quantize_block(self, block: Block, plan: Mapping[str, Format], stats: Stats) -> dict[str, QTensor]:
         groups = _groups(block, plan, stats) if self.shares and self.rowwise else [[name] for name in block.slots]
+        tasks = [partial(self._solve, names, block, plan, stats) for names in groups]
         solved: dict[str, QTensor] = {}
-        for found in in_parallel([partial(self._solve, names, block, plan, stats) for names in groups]):
+        for found in [task() for task in tasks] if self.shares else in_parallel(tasks):
             solved |= found
         return {name: solved[name] for name in block.slots}
 

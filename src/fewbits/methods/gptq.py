@@ -231,7 +231,9 @@ class FastGPTQ(GPTQ):
     sweeps: int = 0
     in_sequence: bool = False
 
-    summary: ClassVar[str] = "gptq measured once a block and without its refinements: less than half the time, less good"
+    summary: ClassVar[str] = (
+        "gptq measured once a block and without its refinements: less than half the time, less good"
+    )
     wants: ClassVar[tuple[str, ...]] = ()
 
     @property

@@ -26,6 +26,7 @@ from fewbits.methods.recipe import Recipe
 from fewbits.models import Slot, links
 from fewbits.pipeline._activations import Activations
 from fewbits.pipeline._measure import in_order_of_use, measure, put_behind, watched
+from fewbits.pipeline._memory import give_back_free_memory
 from fewbits.pipeline._streams import Streams
 from fewbits.stats import Collector, Site, observer_named
 
@@ -121,8 +122,11 @@ def _solved(work: Work, block: Block, streams: Streams) -> dict[str, QTensor]:
     for names in steps:
         part = replace(block, slots={name: block.slots[name] for name in names})
         stats = measure(part, stats_of(solver), streams, behind, last=names == steps[-1])
+        give_back_free_memory()
         found = solver.quantize_block(part, {name: formats[name] for name in names}, stats)
+        del stats
         solved |= found
+        give_back_free_memory()
         if names != steps[-1]:
             put_behind(behind, part, found, work.model.products)
     return {name: solved[name] for name in block.slots}

@@ -73,10 +73,26 @@ def _first_block(work: Work, ids: Tensor) -> tuple[int, float]:
     parameters = sum(p.numel() for p in block.parameters.values())
     statistics = {id(found): found.nbytes for found in collector.statistics().values()}
     largest = max((block.matrix(name).numel() for name in block.slots), default=0)
-    threads = min(len(block.slots), torch.get_num_threads())
     work.model.drop(0)
-    solving = 4 * (2 * parameters + largest * SOLVER_COPIES * threads) + sum(statistics.values())
+    solving = 4 * (2 * parameters + largest * SOLVER_COPIES * _at_once(work)) + _held(work, list(statistics.values()))
     return solving + 4 * x.numel() * BATCH_COPIES, seconds / len(batch)
+
+
+def _at_once(work: Work) -> int:
+    """Matrices that are solved at the same time."""
+    solver = work.recipe.solver
+    alone = isinstance(solver, TensorMethod) and solver.shares
+    return 1 if alone else min(len(work.slots), torch.get_num_threads())
+
+
+def _held(work: Work, statistics: list[int]) -> int:
+    """Bytes of statistics, given those of each input of a block: of one at a time where matrices are solved in order.
+
+    A Hessian has its factors beside it.
+    """
+    largest = max(statistics, default=0)
+    factors = largest if "hessian" in work.recipe.solver.needs else 0
+    return (largest if work.recipe.solver.in_order else sum(statistics)) + factors
 
 
 def _passes(work: Work, windows: int, held: int) -> float:
