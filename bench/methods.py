@@ -32,12 +32,14 @@ METHODS = (
     "rtn",
     "hqq",
     "awq+rtn",
+    "gptq-fast",
     "gptq",
     "awq+gptq",
     "rotate+gptq",
     "signround",
-    "rotate+signround+tune",
+    "auto",
 )
+MINUTES = "6"  # of auto
 HELD_OUT = 8  # windows that our guard looks at, beside those that everybody calibrates on
 SCALE = 16  # bits a group
 NF4_SCALE, NF4_DOUBLE = 32, 8 + 32 / 256
@@ -46,7 +48,8 @@ NF4_SCALE, NF4_DOUBLE = 32, 8 + 32 / 256
 def ours(methods: list[str]) -> Iterator[Order]:
     for bits, group in WIDTHS:
         for method in methods:
-            yield Order("fewbits", bits, group, {"method": method, "held_out": str(HELD_OUT)})
+            limit = {"minutes": MINUTES} if method == "auto" else {}
+            yield Order("fewbits", bits, group, {"method": method, "held_out": str(HELD_OUT)} | limit)
 
 
 def peers() -> Iterator[Order]:
@@ -54,12 +57,10 @@ def peers() -> Iterator[Order]:
     for bits, group in WIDTHS:
         for observer in ("memoryless_minmax", "memoryless_mse"):
             yield Order("llm-compressor", bits, group, {"method": "gptq", "observer": observer})
-        yield Order("llm-compressor", bits, group, {"method": "awq"})
-        yield Order("gptqmodel", bits, group)
         yield Order("gptqmodel", bits, group, {"mse": "2.4"})
-        for steps in ("50", "200"):
-            yield Order("auto-round", bits, group, {"iters": steps})
+        yield Order("auto-round", bits, group, {"iters": "200"})
         yield Order("torchao", bits, group)
+    yield Order("llm-compressor", 4, 128, {"method": "awq"})
     for bits in (4, 3, 2):
         yield Order("hqq", bits, 64)
     for double in ("false", "true"):
