@@ -39,22 +39,22 @@ METHODS = (
     "signround",
     "auto",
 )
-MINUTES = "6"  # of auto
+MINUTES = "4"  # of auto
 HELD_OUT = 8  # windows that our guard looks at, beside those that everybody calibrates on
 SCALE = 16  # bits a group
 NF4_SCALE, NF4_DOUBLE = 32, 8 + 32 / 256
 
 
-def ours(methods: list[str]) -> Iterator[Order]:
-    for bits, group in WIDTHS:
+def ours(methods: list[str], widths: list[tuple[int, int]]) -> Iterator[Order]:
+    for bits, group in widths:
         for method in methods:
             limit = {"minutes": MINUTES} if method == "auto" else {}
             yield Order("fewbits", bits, group, {"method": method, "held_out": str(HELD_OUT)} | limit)
 
 
-def peers() -> Iterator[Order]:
+def peers(widths: list[tuple[int, int]]) -> Iterator[Order]:
     """Each peer with the settings that it recommends, and those of its own that turned out better."""
-    for bits, group in WIDTHS:
+    for bits, group in widths:
         for observer in ("memoryless_minmax", "memoryless_mse"):
             yield Order("llm-compressor", bits, group, {"method": "gptq", "observer": observer})
         yield Order("gptqmodel", bits, group, {"mse": "2.4"})
@@ -139,6 +139,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join((HEAD, *map(line, ordered)))
 
 
+def width(text: str) -> tuple[int, int]:
+    bits, group = text.split("-")
+    return int(bits), int(group)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -148,16 +153,17 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), help="our own (default: %(default)s)")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="a peer's interpreter")
+    parser.add_argument("--widths", nargs="*", type=width, default=list(WIDTHS), metavar="BITS-GROUP")
     args = parser.parse_args()
     known, rows = pythons(args.peer), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         windows = write_windows(args, scratch)
-        for order in (*ours(args.methods), *peers()):
+        for order in (*ours(args.methods, args.widths), *peers(args.widths)):
             if order.who in known:
                 rows.append(measure(order, known[order.who], args, scratch))
                 print(line(rows[-1]), flush=True)
-    skipped = sorted({order.who for order in peers()} - known.keys())
+    skipped = sorted({order.who for order in peers(args.widths)} - known.keys())
     print(f"\n{table(rows)}\n")
     print(f"calibrated on {windows.description} ({windows.digest[:12]}); skipped: {', '.join(skipped) or 'nobody'}")
     print(json.dumps({"bench": "methods", "model": args.model.name, "calibration": windows.digest, "rows": rows}))

@@ -52,7 +52,7 @@ class Tune(Finisher):
 
     steps: int = 100
     batch: int = 8
-    rate: float = 1e-3
+    rate: float = 3e-3
     norm_rate: float = 1e-3
     held_out: float = 0.125
     seed: int = 0
