@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from transformers import AutoTokenizer
 
 from fewbits.engine import load
+from fewbits.errors import UnsupportedError
 from fewbits.evals import calibration_windows, read_windows, self_text
 
 
@@ -38,3 +42,10 @@ def test_more_windows_than_are_written_at_once(stories):
 def test_text_that_was_written_can_be_trained_on(stories):
     """Ids made in inference mode could not be embedded where gradients are recorded."""
     assert not calibration_windows("self", stories, 1, 4).ids.is_inference()
+
+
+def test_a_model_too_large_to_write_is_refused_before_it_is_read(stories, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1_000_000))
+    monkeypatch.setattr("fewbits.evals.calibration.load", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(UnsupportedError, match=r"GB in float32, and 0\.0 GB are free; name a text: --calibration"):
+        calibration_windows("self", stories, 1, 4)

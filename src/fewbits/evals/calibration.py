@@ -15,10 +15,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoTokenizer
 
+from fewbits.checkpoint import open_checkpoint
 from fewbits.engine import load
+from fewbits.errors import UnsupportedError
 from fewbits.evals.text import LENGTH, Windows, read_windows, self_text
 
 WINDOWS = 128
@@ -38,13 +41,26 @@ def calibration_windows(
     """Up to `windows` windows of `length` tokens from a source: `self`, or what `read_windows` takes.
 
     model: folder of the original, whose tokenizer is used. Only `self` loads the model, whole and in float32, and frees
-    it before it returns: where that is too much memory, name a text. seed: of what the model draws.
+    it before it returns. seed: of what the model draws.
     Raises CheckpointError for a text that cannot be read or is too short, UnsupportedError where reading it needs a
-    package that is missing, or `self` a token to begin with that the model does not have.
+    package that is missing, or `self` a token to begin with that the model does not have, or more memory than is free.
     """
     if str(source) == SELF:
+        _require_room(Path(model), torch.device(device))
         found = self_text(load(model, device=device), windows, length, seed, progress)
     else:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         found = read_windows(source, tokenizer, windows, length)
     return replace(found, source=str(source))
+
+
+def _require_room(model: Path, device: torch.device) -> None:
+    """Refuse, before anything is read, to load a model that would push everything else out of memory."""
+    _, reader = open_checkpoint(model)
+    needed = 4 * sum(entry.weights for entry in reader.entries.values())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise UnsupportedError(
+            f"{model}: to write its own calibration text it would be loaded whole, {needed / 1e9:.1f} GB in float32, "
+            f"and {free / 1e9:.1f} GB are free; name a text: --calibration FILE"
+        )
