@@ -166,7 +166,12 @@ def test_the_target_makes_up_for_inputs_that_changed() -> None:
     """With x̂ = x·M the weights that give the same outputs are W·M⁻ᵀ, whatever the Hessian of x̂."""
     mix = torch.eye(K) + 0.05 * normal(K, K, seed=3)
     changed = X @ mix
-    stats = {"hessian": hessian_of(changed), "drift": W @ (X - changed).T @ changed / len(X)}
+    stats = {
+        "hessian": hessian_of(changed),
+        "drift": W @ (X - changed).T @ changed / len(X),
+        "scatter": ((X - changed) @ W.T).square().mean(0),
+        "tokens": torch.tensor([1e6]),
+    }
     found = GPTQ(damping=1e-4).quantize(W, format_named("int8"), stats)
     blind = GPTQ(damping=1e-4).quantize(W, format_named("int8"), {"hessian": stats["hessian"]})
 

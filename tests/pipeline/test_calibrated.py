@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from fewbits.checkpoint import open_checkpoint
 from fewbits.errors import OutputError, QualityError, UnsupportedError
 from fewbits.evals import Windows, calibration_windows
 from fewbits.evals.evaluation import calibration_warning
+from fewbits.methods import Recipe, recipe_named
 from fewbits.methods.auto import Auto
+from fewbits.methods.signround import SignRound
 from fewbits.pipeline import _calibrate
 from fewbits.pipeline._activations import Activations
+from fewbits.pipeline._journal import Journal, unfinished
 
+BUNDLED = Path(fewbits.__file__).parent / "bundled" / "tiny"
 SMALL = {"windows": 6, "length": 16, "held_out": 2}
 
 
@@ -408,3 +413,42 @@ def test_a_disk_that_is_full_is_said(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="shorter than what was written"):
         short.span(0, 2)
     short.close()
+
+
+def test_auto_leaves_another_runs_unfinished_blocks_alone(deep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Journal(unfinished(out), {"method": "another"}, {}):
+        (unfinished(out) / "block-00000.safetensors").touch()
+    with pytest.raises(OutputError, match="unfinished run with another"):
+        fewbits.quantize(
+            deep, out, format="int3-g32", method=Auto(candidates=("rtn",), steps=1), calibration=calibration()
+        )
+    assert (unfinished(out) / "block-00000.safetensors").exists()
+
+
+def held_out(out: Path, method: str | Recipe, written: Windows) -> float:
+    """What a method leaves at 2 bits on windows that nothing was calibrated on, nats a token."""
+    text = fewbits.Calibration(text=written, windows=16, held_out=4, limit=10.0)
+    made = fewbits.quantize(BUNDLED, out, format="int2-g64", method=method, calibration=text, prove=False)
+    assert made.calibration is not None
+    assert made.calibration.held_out_kld is not None
+    return made.calibration.held_out_kld
+
+
+@pytest.fixture(scope="module")
+def written() -> Windows:
+    """Text by the bundled model: enough for the differences between methods to show."""
+    return calibration_windows("self", BUNDLED, 20, 64)
+
+
+@pytest.fixture(scope="module")
+def rounded(written: Windows, tmp_path_factory: pytest.TempPathFactory) -> float:
+    return held_out(tmp_path_factory.mktemp("rounded") / "out", "rtn", written)
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptq-fast", "signround", "awq+gptq", "rtn+tune"])
+def test_methods_earn_their_time_on_a_real_model(method: str, rounded: float, written: Windows, tmp_path: Path) -> None:
+    chosen = recipe_named(method)
+    if isinstance(chosen.solver, SignRound):
+        chosen = replace(chosen, solver=replace(chosen.solver, steps=30, batch=4))
+    assert held_out(tmp_path / "out", chosen, written) < 6 / 7 * rounded

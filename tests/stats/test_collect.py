@@ -52,8 +52,9 @@ def test_drift_is_between_the_same_tokens() -> None:
         with collector:
             linear(x, weight)
     x, original = (torch.cat([x.reshape(-1, 6) for x in inputs(6, seed=seed)]).double() for seed in (0, 1))
-    found = collector.drifts()[Site("w")].double()
-    assert torch.allclose(found, weight.double() @ (original - x).T @ x / len(x), atol=1e-5)
+    found, moved = collector.drifts()[Site("w")], (original - x) @ weight.double().T
+    assert torch.allclose(found["drift"].double(), moved.T @ x / len(x), atol=1e-5)
+    assert torch.allclose(found["scatter"].double(), moved.square().mean(0), atol=1e-5)
 
 
 def test_outputs_that_the_model_overwrites_are_not_kept() -> None:

@@ -29,6 +29,10 @@ RAISED = 10.0
 """Where H is too near to singular, its damping is raised by this factor until it can be factored."""
 
 
+PROBES = 32
+"""Random vectors that a trace is estimated with."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """H with a damped diagonal, float32 [K, K], seen in reversed order of solving.
@@ -99,6 +103,15 @@ def factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Objective, F
             return objective, factors
         added *= RAISED
     raise UnsupportedError("gptq: the Hessian is no mean of x·xᵀ: it holds NaN or has large negative eigenvalues")
+
+
+def coefficients(objective: Objective, factors: Factors) -> float:
+    """Free coefficients of a regression on these inputs, damped so: tr(H·(H + λI)⁻¹), by Hutchinson's estimate."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (len(factors.cost), PROBES), generator=generator).mul_(2).sub_(1)
+    probes = signs.to(factors.cost)
+    trace = float((probes * factors.solve(probes)).sum()) / PROBES  # of (H + λI)⁻¹
+    return max(0.0, len(factors.cost) - objective.damping * trace)
 
 
 def _typical(diagonal: Tensor) -> float:

@@ -169,9 +169,9 @@ class Finisher(Method):
 
 
 def _on_top(stats: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Statistics of matrices that read the same input, on top of each other; `drift` has a row for each of theirs."""
-    drifts = [found["drift"] for found in stats if "drift" in found]
-    return {**stats[0], "drift": torch.cat(drifts)} if drifts else dict(stats[0])
+    """Statistics of matrices with the same input, those that have a row for each of theirs on top of each other."""
+    of_rows = {key: torch.cat([found[key] for found in stats]) for key in ("drift", "scatter") if key in stats[0]}
+    return {**stats[0], **of_rows}
 
 
 def _groups(block: Block, plan: Mapping[str, Format], stats: Stats) -> list[list[str]]:

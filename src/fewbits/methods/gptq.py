@@ -17,6 +17,10 @@ then the least-squares answer, damped towards W,
 because Σ|W·x − Ŵ·x̂|² is, but for a constant, the same objective about this target (Li et al. 2025, GPTAQ,
 arXiv:2504.02692, reach it column by column). On a small Llama it takes 9 % off the divergence at 4 bits, 14 % at 3.
 
+The correction is a regression on the calibration tokens, and one on few tokens fits their noise. A regression with k
+free coefficients finds k·σ²/n of explanation in pure noise of variance σ² on n tokens, and leaves (n − k)·σ²/n. It is
+shrunk to the share of what it explains that goes beyond this (James and Stein 1961).
+
 Afterwards `sweeps` of coordinate descent go over the same columns, each with all others fixed (Behdin et al. 2023,
 QuantEase, arXiv:2309.01885, algorithm 1); before a group's columns, its scale moves to the least-squares one for its
 codes. Either step is taken only where it lowers the error, so the objective falls with each. A second sweep lowers it
@@ -41,11 +45,19 @@ from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import Float, Format, Grouped, Params, QTensor
 from fewbits.formats.base import require_finite
 from fewbits.kernels.round_columns import at_positions, round_columns
-from fewbits.methods._hessian import Factors, Objective, factor, solving_order
+from fewbits.methods._hessian import Factors, Objective, coefficients, factor, solving_order
 from fewbits.methods.base import TensorMethod
 
 RUN = 128
 """Columns of a run in formats whose groups are not counted in columns."""
+
+
+SHRINKING = 0.2
+"""Damping for each column to a token: a Hessian of few tokens is shrunk towards a multiple of the identity.
+
+Found on a small Llama at 2 bits: with 0.5 to 2 tokens a column ten times the usual damping takes a third off the
+divergence, with 64 it adds 2 %.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ class GPTQ(TensorMethod):
         return self.in_sequence
 
     def quantize(self, w: Tensor, format: Format, stats: Mapping[str, Tensor]) -> QTensor:
-        """stats: `hessian` [K, K] or [experts, K, K], and `drift`, in the shape of w, if it was measured.
+        """stats: `hessian` [K, K] or [experts, K, K], of how many `tokens`; `drift`, in the shape of w, and `scatter`.
 
         Raises UnsupportedError without a Hessian and FormatError for formats that cannot be rounded by columns.
         """
@@ -86,20 +98,20 @@ class GPTQ(TensorMethod):
             raise FormatError(f"{format.name} cannot be rounded one column at a time, as gptq does; use rtn or hqq")
         if "hessian" not in stats:
             raise UnsupportedError("gptq needs the Hessian of the layer's inputs: give calibration text, or use rtn")
-        hessian, drift = stats["hessian"], stats.get("drift")
         if w.dim() == 2:
-            return self._solved(w, format, hessian, drift)
-        each = zip(w, hessian, hessian if drift is None else drift, strict=True)
-        return _stacked([self._solved(x, format, h, None if drift is None else d) for x, h, d in each])
+            return self._solved(w, format, stats)
+        each = [{key: value[i] for key, value in stats.items()} for i in range(len(w))]
+        return _stacked([self._solved(x, format, found) for x, found in zip(w, each, strict=True)])
 
-    def _solved(self, w: Tensor, format: Grouped, hessian: Tensor, drift: Tensor | None) -> QTensor:
+    def _solved(self, w: Tensor, format: Grouped, stats: Mapping[str, Tensor]) -> QTensor:
         """One matrix [N, K] under one Hessian."""
         group = format.group if isinstance(format.group, int) else None
-        hessian = hessian.float()
-        objective, factors = factor(hessian, solving_order(hessian.diagonal(), group), self.damping)
+        hessian = stats["hessian"].float()
+        damping = self.damping + (SHRINKING * len(hessian) / float(stats["tokens"]) if "tokens" in stats else 0.0)
+        objective, factors = factor(hessian, solving_order(hessian.diagonal(), group), damping)
         target = w.float().T[objective.columns]
-        if drift is not None:
-            target += factors.solve(drift.float().T[objective.columns])
+        if "drift" in stats and "tokens" in stats:
+            target += _correction(objective, factors, stats)
         layer = Layer(format, objective, target)
         layer.solve(factors)
         del factors
@@ -239,6 +251,21 @@ class FastGPTQ(GPTQ):
     @property
     def name(self) -> str:
         return "gptq-fast"
+
+
+def _correction(objective: Objective, factors: Factors, stats: Mapping[str, Tensor]) -> Tensor:
+    """What brings the outputs for these inputs near the original's for its own, [K, N] in the order of solving."""
+    drift = stats["drift"].float().T[objective.columns]
+    change = factors.solve(drift)
+    along, size = float((change * drift).sum()), float(change.square().sum())
+    scatter, tokens = float(stats["scatter"].sum()), float(stats["tokens"])
+    explained = along - objective.damping * size  # tr(Δ·H·Δᵀ)
+    left = scatter - 2 * along + explained
+    free = coefficients(objective, factors)
+    if tokens <= free or explained <= 0:
+        return torch.zeros_like(change)
+    spurious = free * left / (tokens - free)
+    return change.mul_(max(0.0, 1 - spurious / explained))
 
 
 def _stacked(experts: list[QTensor]) -> QTensor:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fewbits.errors import QualityError, UnsupportedError
+from fewbits.evals import model_identity
 from fewbits.methods.auto import Auto
 from fewbits.methods.tune import Tune
 from fewbits.pipeline._calibrate import Calibration, Progress, Run, make_ready, solving, text_of
 from fewbits.pipeline._job import Job
-from fewbits.pipeline._journal import unfinished
+from fewbits.pipeline._journal import Journal, unfinished
 from fewbits.results import Trial
 
 TRAINING = 5.0
@@ -42,8 +43,10 @@ def solve_auto(
     clock = _Clock(60 * auto.minutes, progress)
     trials: list[Trial] = []
     first = prepare(method=auto.candidates[0])
-    calibration = replace(calibration, text=text_of(first.reader, calibration))
+    text = text_of(first.reader, calibration)
+    calibration = replace(calibration, text=text)
     with ExitStack() as stack:
+        whole = stack.enter_context(Journal(unfinished(first.out), _facts(auto, first, text.digest), {}))
         outcomes = [
             outcome
             for index, name in enumerate(auto.candidates)
@@ -55,7 +58,17 @@ def solve_auto(
         run = _trained(best.run, auto, clock, trials)
         added = () if run is best.run else ("tune",)
         yield run.job(replace(best.job, trials=tuple(trials), finished_by=added))
-        shutil.rmtree(unfinished(first.out), ignore_errors=True)
+        whole.remove()
+
+
+def _facts(auto: Auto, job: Job, digest: str) -> dict[str, Any]:
+    """Whatever makes it the same run, with more time or less; each recipe's own journal knows the rest."""
+    return {
+        "source": model_identity(job.source),
+        "output": {entry.name: f"{entry.format} {entry.inputs or ''}".strip() for entry in job.entries},
+        "method": repr(replace(auto, minutes=0.0)),
+        "calibration": digest,
+    }
 
 
 def _divergence(outcome: Outcome) -> float:

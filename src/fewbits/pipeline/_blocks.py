@@ -90,9 +90,10 @@ def solve_block(work: Work, index: int, streams: Streams) -> SolvedBlock:
         stats = measure(block, (*transform.needs, *transform.wants), streams, {})
         transform.transform(block, local_formats(work, block), stats)
     changed = _changed(work, block, kept)
-    matrices = _solved(work, block, streams)
     if streams.original is not None and "drift" not in stats_of(work.recipe.solver):
-        advance(block, streams.original, streams.batch)  # a transformed block returns what it returned before
+        # Before it is solved: what it should return are the solver's targets. A transformed block returns the same.
+        advance(block, streams.original, streams.batch)
+    matrices = _solved(work, block, streams)
     errors = {name: _insert(block, name, q) for name, q in matrices.items()}
     scales = _observed(work, index, block, streams)
     _advance_held(work, block, streams)

@@ -40,8 +40,8 @@ def measure(
     pooled = _pooled(sites)
     found = {name: _of_slot(slot, block, sites, pooled) for name, slot in block.slots.items()}
     for name, slot in block.slots.items():
-        if Site(slot.parameter) in drifts:
-            found[name]["drift"] = slot.take(drifts[Site(slot.parameter)])
+        for key, value in drifts.get(Site(slot.parameter), {}).items():
+            found[name][key] = slot.take(value)
     return found
 
 

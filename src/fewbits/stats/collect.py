@@ -1,7 +1,7 @@
 """Statistics of what linear layers read, gathered while the model runs.
 
 Matrices that read the same tensor (queries, keys and values; gate and up) share one accumulator: whoever compares their
-statistics with `is` can see it. Only `drift` belongs to each matrix.
+statistics with `is` can see it. Only `drift` and `scatter` belong to each matrix.
 
     importance   mean of x²       [K]      weight of a column's squared error
     magnitude    mean of |x|      [K]      what AWQ and SmoothQuant scale by
@@ -9,6 +9,8 @@ statistics with `is` can see it. Only `drift` belongs to each matrix.
     hessian      mean of x·xᵀ     [K, K]   half the second derivative of the squared error of a layer's output
     samples      some of the x    [S, K]   spread evenly over all tokens
     drift        mean (y' − y)·xᵀ [N, K]   y = W·x; y' what the original model's matrix makes of the same token
+    scatter      mean (y' − y)²   [N]      measured with it
+    tokens       how many         [1]      beside each Hessian
 
 Means are over tokens and accumulated in float32 from sums of one batch each; the Hessian's products are BLAS's.
 
@@ -67,7 +69,8 @@ class InputStatistics:
 
     def values(self) -> dict[str, Tensor]:
         seen = self._sums.keys() | ({"samples"} if self._kept else set())
-        return {name: self.value(name) for name in OF_INPUTS if name in seen}
+        found = {name: self.value(name) for name in OF_INPUTS if name in seen}
+        return found | ({"tokens": self.value("tokens")} if "hessian" in seen else {})
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +80,8 @@ class InputStatistics:
     def _value(self, name: str) -> Tensor:
         if name == "samples":
             return torch.cat(self._kept)
+        if name == "tokens":
+            return torch.tensor([float(self.tokens)])
         total = self._sums[name]
         if name == "hessian":
             for start in range(0, len(total), STRIPE):
@@ -129,7 +134,7 @@ class Collector(Watcher):
         self._observer = observer
         self.originals: Mapping[Site, Tensor] = {}
         self._sites: dict[Site, InputStatistics] = {}
-        self._drifts: dict[Site, Tensor] = {}
+        self._drifts: dict[Site, tuple[Tensor, Tensor]] = {}
         self._last: tuple[Tensor, InputStatistics] | None = None
 
     def statistics(self) -> dict[Site, InputStatistics]:
@@ -137,9 +142,14 @@ class Collector(Watcher):
         self._last = None
         return self._sites
 
-    def drifts(self) -> dict[Site, Tensor]:
-        """`drift` [N, K] of each site that `originals` were given for."""
-        return {site: total / max(1, self._sites[site].tokens) for site, total in self._drifts.items()}
+    def drifts(self) -> dict[Site, dict[str, Tensor]]:
+        """`drift` and `scatter` of each site that `originals` were given for."""
+        found = {}
+        for site, (drift, scatter) in self._drifts.items():
+            tokens = max(1, self._sites[site].tokens)
+            found[site] = {"drift": drift.div_(tokens), "scatter": scatter.div_(tokens)}
+        self._drifts = {}
+        return found
 
     def see(self, site: Site, x: Tensor, y: Tensor) -> None:
         self._count(site, x)
@@ -147,7 +157,12 @@ class Collector(Watcher):
         if "drift" in self._wanted and original is not None:
             moved = (original - y).reshape(-1, y.shape[-1])
             product = torch.mm(moved.T, x.reshape(-1, x.shape[-1]))  # in the type that the model multiplies in
-            self._drifts[site] = self._drifts[site].add_(product) if site in self._drifts else product.float()
+            power = moved.float().square_().sum(0)
+            if site in self._drifts:
+                for total, part in zip(self._drifts[site], (product, power), strict=True):
+                    total.add_(part)
+            else:
+                self._drifts[site] = product.float(), power
 
     def _count(self, site: Site, x: Tensor) -> None:
         if self._last is not None and self._last[0] is x:
