@@ -37,6 +37,7 @@ def pairs(steps: int) -> list[tuple[Order, Order]]:
 
     return [
         (ours("gptq"), Order("llm-compressor", BITS, GROUP, {"method": "gptq"})),
+        (ours("gptq-fast"), Order("llm-compressor", BITS, GROUP, {"method": "gptq"})),
         (ours("signround", steps=str(steps)), Order("auto-round", BITS, GROUP, {"iters": str(steps)})),
     ]
 
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="a peer's interpreter")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", default=["gptq", "gptq-fast", "signround"])
     parser.add_argument("--steps", type=int, default=50, help="of signround and auto-round")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
@@ -96,6 +98,8 @@ def main() -> None:
     known, rows = pythons(args.peer), list[dict[str, Any]]()
     print(f"{'method':<12}{'peer':<26}{'s':>8}{'its s':>8}{'ratio':>8}{'process':>9}{'peak MB':>9}{'its peak':>10}")
     for ours, theirs in pairs(args.steps):
+        if ours.options["method"] not in args.methods:
+            continue
         if theirs.who not in known:
             print(f"{ours.options['method']:<12}{theirs.who}: skipped, no --peer {theirs.who}=PYTHON given")
             continue
