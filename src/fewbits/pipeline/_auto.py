@@ -12,7 +12,7 @@ from fewbits.errors import QualityError, UnsupportedError
 from fewbits.evals import model_identity
 from fewbits.methods.auto import Auto
 from fewbits.methods.tune import Tune
-from fewbits.pipeline._calibrate import Calibration, Progress, Run, make_ready, solving, text_of
+from fewbits.pipeline._calibrate import Calibration, Progress, Run, make_ready, output_facts, solving, text_of
 from fewbits.pipeline._job import Job
 from fewbits.pipeline._journal import Journal, unfinished
 from fewbits.results import Trial
@@ -65,7 +65,7 @@ def _facts(auto: Auto, job: Job, digest: str) -> dict[str, Any]:
     """Whatever makes it the same run, with more time or less; each recipe's own journal knows the rest."""
     return {
         "source": model_identity(job.source),
-        "output": {entry.name: f"{entry.format} {entry.inputs or ''}".strip() for entry in job.entries},
+        "output": output_facts(job),
         "method": repr(replace(auto, minutes=0.0)),
         "calibration": digest,
     }

@@ -121,14 +121,15 @@ def _solved(work: Work, block: Block, streams: Streams) -> dict[str, QTensor]:
     steps = in_order_of_use(block, streams) if solver.in_order else [tuple(block.slots)]
     solved, behind = dict[str, QTensor](), dict[str, Tensor]()
     for names in steps:
+        last = names == steps[-1]
         part = replace(block, slots={name: block.slots[name] for name in names})
-        stats = measure(part, stats_of(solver), streams, behind, last=names == steps[-1])
+        stats = measure(part, stats_of(solver), streams, behind, last=last)
         give_back_free_memory()
         found = solver.quantize_block(part, {name: formats[name] for name in names}, stats)
         del stats
         solved |= found
         give_back_free_memory()
-        if names != steps[-1]:
+        if not last:
             put_behind(behind, part, found, work.model.products)
     return {name: solved[name] for name in block.slots}
 

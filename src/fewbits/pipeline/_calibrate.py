@@ -78,7 +78,7 @@ class Ready:
         """Whatever decides the output's bytes."""
         return {
             "source": model_identity(job.source),
-            "output": {entry.name: f"{entry.format} {entry.inputs or ''}".strip() for entry in job.entries},
+            "output": output_facts(job),
             "method": repr(job.recipe),
             "observer": self.calibration.observer if job.rounded.observed else None,
             "calibration": self.windows.digest,
@@ -97,6 +97,11 @@ class Ready:
             held_out_tokens=0 if self.held is None else self.held.ids.numel(),
             held_out_kld=divergence,
         )
+
+
+def output_facts(job: Job) -> dict[str, str]:
+    """What each entry of the output is to be."""
+    return {entry.name: f"{entry.format} {entry.inputs or ''}".strip() for entry in job.entries}
 
 
 def make_ready(job: Job, calibration: Calibration) -> Ready:

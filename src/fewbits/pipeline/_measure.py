@@ -68,6 +68,8 @@ def put_behind(behind: dict[str, Tensor], block: Block, solved: Mapping[str, QTe
 def _originals(block: Block, streams: Streams, start: int, count: int, *, move: bool) -> dict[Site, Tensor]:
     """What the original's matrices return for some windows, whose hidden states are moved on if wanted."""
     assert streams.original is not None
+    if not move and all(parameter.dim() > 2 for parameter in watched(block).values()):
+        return {}  # of experts nothing is recorded
     recorder = Recorder(watched(block), stop=not move)
     with suppress(AllSeen), recorder:
         returned = _call(block, streams.original.span(start, start + count), {})
