@@ -11,8 +11,8 @@ from torch import Tensor
 from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import Format, QTensor, format_named
 from fewbits.methods import METHODS, Block, quantize_tensor
-from fewbits.methods._hessian import factor, solving_order
-from fewbits.methods.gptq import GPTQ
+from fewbits.methods._hessian import PROBES, coefficients, factor, solving_order
+from fewbits.methods.gptq import GPTQ, SHRINKING, _correction
 
 N, K = 24, 96
 
@@ -202,3 +202,49 @@ def test_a_format_that_has_no_columns_is_refused() -> None:
     whole = type("Whole", (type(format_named("int4-g32")),), {"columnwise": False})
     with pytest.raises(FormatError, match="one column at a time, as gptq does; use rtn or hqq"):
         GPTQ().quantize(W, whole(bits=4, group=32), {"hessian": H})
+
+
+def noisy(tokens: int, signal: float) -> tuple[dict[str, Tensor], Tensor]:
+    """Statistics of so many tokens whose outputs are off by W·signal and unit noise, and what the outputs should be."""
+    x, noise = normal(tokens, K, seed=7), normal(tokens, len(W), seed=8)
+    wanted = W * signal
+    moved = x @ wanted.T + noise
+    stats = {
+        "hessian": x.T @ x / tokens,
+        "drift": moved.T @ x / tokens,
+        "scatter": moved.square().mean(0),
+        "tokens": torch.tensor([float(tokens)]),
+    }
+    return stats, wanted
+
+
+def correction(stats: dict[str, Tensor], damping: float = 0.01) -> Tensor:
+    """[N, K], in the order of the columns."""
+    hessian = stats["hessian"]
+    objective, factors = factor(hessian, solving_order(hessian.diagonal(), None), damping)
+    found = torch.empty_like(W).T
+    found[objective.columns] = _correction(objective, factors, stats)
+    return found.T
+
+
+@pytest.mark.parametrize("tokens", [K // 2, K, 4 * K])
+def test_a_correction_that_is_noise_is_not_made(tokens) -> None:
+    """Without shrinking it would be about 1/√n a weight: the noise of a regression on n tokens."""
+    stats, _ = noisy(tokens, 0.0)
+    made = correction(stats, 0.01 + SHRINKING * K / tokens)
+    assert float(made.square().mean().sqrt()) < 0.3 / tokens**0.5
+
+
+def test_a_correction_that_is_there_is_kept() -> None:
+    stats, wanted = noisy(64 * K, 100.0)
+    assert float((correction(stats) - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_free_coefficients_are_the_trace() -> None:
+    """Hutchinson's estimate has a variance of 2·‖M‖² a probe, off the diagonal: five deviations."""
+    objective, factors = factor(H, solving_order(H.diagonal(), None), 0.5)
+    inverse = torch.linalg.inv(H.double() + objective.damping * torch.eye(K))
+    exact = float((H.double() @ inverse).trace())
+    off = inverse - inverse.diag().diag()
+    deviation = objective.damping * float((2 * off.square().sum() / PROBES).sqrt())
+    assert abs(coefficients(objective, factors) - exact) < 5 * deviation + 1e-3

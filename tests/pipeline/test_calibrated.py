@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fewbits.methods.auto import Auto
 from fewbits.methods.signround import SignRound
 from fewbits.pipeline import _calibrate
 from fewbits.pipeline._activations import Activations
+from fewbits.pipeline._guard import Guard
 from fewbits.pipeline._journal import Journal, unfinished
 
 BUNDLED = Path(fewbits.__file__).parent / "bundled" / "tiny"
@@ -204,6 +206,17 @@ def test_a_limit_that_is_passed_stops_the_run(deep: Path, tmp_path: Path) -> Non
     with pytest.raises(QualityError, match=r"model\.layers\.0.*past the limit of 0\.001"):
         fewbits.quantize(deep, tmp_path / "out", format="int2-g32", calibration=calibration(limit=0.001))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("all_windows", "stops"), [(0.0, False), (1.0, True)])
+def test_a_glance_alone_stops_nothing(
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_windows: float, stops: bool
+) -> None:
+    """Two windows past the limit call for all of them, and these decide."""
+    monkeypatch.setattr(Guard, "measure", lambda self, index, held, windows=None: 1.0 if windows else all_windows)
+    with pytest.raises(QualityError) if stops else nullcontext():
+        fewbits.quantize(deep, tmp_path / "out", format="int8", calibration=calibration(limit=0.5))
+    assert (tmp_path / "out").exists() != stops
 
 
 def test_states_on_disk_give_the_same_bytes(deep: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ weights is contiguous, and its rows do not depend on each other. params are as `
 The compiled kernel (csrc/round_columns.cpp) knows a format by its levels alone: a number is level · scale + offset, and
 these two are read off the smallest and the largest number of each group. It returns numbers, which the format itself
 turns into codes and back, so the last bit is always the format's own. The reference walks over the columns in Python:
-some twenty operations on a vector each, seven times slower on 768 rows; targets are caught up in strips, by one matrix product each.
+some twenty operations on a vector each, seven times slower on 768 rows; targets are caught up in strips, by one matrix
+product each.
 """
 
 from __future__ import annotations
