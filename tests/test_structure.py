@@ -14,7 +14,7 @@ PACKAGE = Path(fewbits.__file__).parent
 OPEN = {"errors", "results"}
 MAY_IMPORT: dict[str, set[str]] = {
     "formats": set(),
-    "stats": {"formats"},
+    "stats": {"formats", "kernels"},
     "report": set(),
     "kernels": {"formats"},
     "checkpoint": {"formats"},

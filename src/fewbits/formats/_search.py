@@ -26,9 +26,9 @@ def inverse(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() < torch.finfo(scale.dtype).tiny, torch.zeros_like(scale), scale.reciprocal())
 
 
-def weighted_sum(x: Tensor, y: Tensor, importance: Tensor | None) -> Tensor:
-    """Σ h·x·y over the last dimension."""
-    product = x * y
+def weighted_sum(x: Tensor, y: Tensor, importance: Tensor | None, room: Tensor | None = None) -> Tensor:
+    """Σ h·x·y over the last dimension; room, in the shape of x, is written to."""
+    product = torch.mul(x, y, out=room)
     return (product if importance is None else product.mul_(importance)).sum(-1)
 
 
@@ -37,25 +37,30 @@ def best_scale(
 ) -> Tensor:
     """The least-squares scale of every group of x [..., g] among those reached from start·factor, [...].
 
-    nearest maps numbers in units of the scale to the nearest levels.
+    nearest maps numbers in units of the scale to the nearest levels; it may write over them.
     """
+    room = torch.empty_like(x), torch.empty_like(x)  # new memory for each product would take longer than the product
     best, best_score = start.clone(), torch.full_like(start, -torch.inf)
     candidates = (start * factor for factor in factors)
     for candidate in candidates:
-        solved, score = _solved(x, candidate, nearest, importance)
+        solved, score = _solved(x, candidate, nearest, importance, room)
         better = score > best_score
         best, best_score = torch.where(better, solved, best), torch.where(better, score, best_score)
     for _ in range(POLISH):  # Lloyd's iteration: each round can only explain more
-        best, _ = _solved(x, best, nearest, importance)
+        best, _ = _solved(x, best, nearest, importance, room)
     return best
 
 
 def _solved(
-    x: Tensor, scale: Tensor, nearest: Callable[[Tensor], Tensor], importance: Tensor | None
+    x: Tensor,
+    scale: Tensor,
+    nearest: Callable[[Tensor], Tensor],
+    importance: Tensor | None,
+    room: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The least-squares scale for the levels nearest at `scale`, and the share of Σ h·x² that it explains."""
-    v = nearest(x * inverse(scale).unsqueeze(-1))
-    xv, vv = weighted_sum(x, v, importance), weighted_sum(v, v, importance)
+    v = nearest(torch.mul(x, inverse(scale).unsqueeze(-1), out=room[0]))
+    xv, vv = (weighted_sum(y, v, importance, room[1]) for y in (x, v))
     empty = vv == 0
     solved = torch.where(empty, scale, xv / vv)
     return solved, torch.where(empty, torch.zeros_like(xv), xv * solved)

@@ -12,7 +12,8 @@ statistics with `is` can see it. Only `drift` and `scatter` belong to each matri
     scatter      mean (y' − y)²   [N]      measured with it
     tokens       how many         [1]      beside each Hessian
 
-Means are over tokens and accumulated in float32 from sums of one batch each; the Hessian's products are BLAS's.
+Means are over tokens and accumulated in float32 from sums of one batch each. The Hessian is that of the numbers that
+are multiplied: under autocast to BF16, of x rounded to BF16, as the layer itself reads it.
 
 Where activations are to be quantized with static scales, an observer (`fewbits.stats.observers`) sees each input too;
 matrices that read the same tensor share it, and so they get the same scale, which engines that fuse them rely on.
@@ -26,13 +27,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fewbits.kernels.gram import add_gram, mirror
 from fewbits.stats.observers import Observer
 from fewbits.stats.watch import Site, Watcher
 
 OF_INPUTS = ("importance", "magnitude", "absmax", "hessian", "samples")
 STATISTICS = (*OF_INPUTS, "drift")
-STRIPE = 512
-"""Rows of a Hessian that are summed at a time: large enough for BLAS, small enough to skip half of a large one."""
 SAMPLES = 512
 """Rows kept of each input where `samples` are asked for."""
 
@@ -51,14 +51,18 @@ class InputStatistics:
 
     def add(self, x: Tensor) -> None:
         """Count rows x [T, K]."""
-        x = x.detach().float()
-        for name in ("importance", "magnitude", "absmax", "hessian"):
-            if name in self.wanted:
-                self._accumulate(name, x)
+        x = x.detach()
+        if "hessian" in self.wanted:
+            if "hessian" not in self._sums:
+                self._sums["hessian"] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32)
+            add_gram(self._sums["hessian"], _as_multiplied(x))
         if "samples" in self.wanted:
-            self._kept.append(x[-self.tokens % self.every :: self.every].clone())
+            self._kept.append(x[-self.tokens % self.every :: self.every].float())
+        for name in ("importance", "magnitude", "absmax"):
+            if name in self.wanted:
+                self._accumulate(name, x.float())
         if self.observer is not None:
-            self.observer.add(x)
+            self.observer.add(x.float())
         self.tokens += len(x)
 
     def value(self, name: str) -> Tensor:
@@ -84,27 +88,22 @@ class InputStatistics:
             return torch.tensor([float(self.tokens)])
         total = self._sums[name]
         if name == "hessian":
-            for start in range(0, len(total), STRIPE):
-                stop = start + STRIPE
-                square = total[start:stop, start:stop]
-                square.copy_(square.triu() + square.triu(1).T)
-                total[stop:, start:stop] = total[start:stop, stop:].T
+            mirror(total)
         return total if name == "absmax" else total.div_(max(1, self.tokens))
 
     def _accumulate(self, name: str, x: Tensor) -> None:
-        if name == "hessian":
-            if name not in self._sums:
-                self._sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-            total = self._sums[name]
-            for start in range(0, x.shape[1], STRIPE):  # on and above the diagonal; `value` mirrors the rest
-                total[start : start + STRIPE, start:].addmm_(x[:, start : start + STRIPE].T, x[:, start:])
-            return
         if name == "absmax":
             peak = x.abs().amax(0)
             self._sums[name] = torch.maximum(self._sums[name], peak) if name in self._sums else peak
             return
         terms = x.square() if name == "importance" else x.abs()
         self._sums[name] = self._sums.get(name, 0) + terms.sum(0)
+
+
+def _as_multiplied(x: Tensor) -> Tensor:
+    """x in the type that matrices are multiplied in where this is called."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Collector(Watcher):
@@ -125,8 +124,8 @@ class Collector(Watcher):
         observer: Callable[[], Observer] | None = None,
         stop: bool = False,
     ) -> None:
-        super().__init__(parameters, stop=stop)
         self._wanted = frozenset(wanted)
+        super().__init__(parameters, stop=stop, outputs="drift" in self._wanted)
         unknown = self._wanted - set(STATISTICS)
         if unknown:
             raise ValueError(f"statistics {sorted(unknown)} are not known; there are {', '.join(STATISTICS)}")
@@ -151,10 +150,10 @@ class Collector(Watcher):
         self._drifts = {}
         return found
 
-    def see(self, site: Site, x: Tensor, y: Tensor) -> None:
+    def see(self, site: Site, x: Tensor, y: Tensor | None) -> None:
         self._count(site, x)
         original = self.originals.get(site)
-        if "drift" in self._wanted and original is not None:
+        if y is not None and original is not None:
             moved = (original - y).reshape(-1, y.shape[-1])
             product = torch.mm(moved.T, x.reshape(-1, x.shape[-1]))  # in the type that the model multiplies in
             power = moved.float().square_().sum(0)

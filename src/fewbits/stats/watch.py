@@ -32,11 +32,13 @@ class Watcher(TorchFunctionMode):
     """Within it, what linear layers with these weights (name -> tensor, 2-D or fused 3-D) do is shown to `see`.
 
     stop: raise AllSeen once each of them has been seen. Fused ones are not done before the run is, because any number
-    of experts may follow.
+    of experts may follow. outputs: whether `see` needs what they return; if not, it is not told, and a run may end
+    before the last product.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], *, stop: bool = False) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], *, stop: bool = False, outputs: bool = True) -> None:
         super().__init__()
+        self._outputs = outputs
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._stops = stop and all(parameter.dim() == 2 for parameter in parameters.values())
         self._left = set[str]()
@@ -46,7 +48,7 @@ class Watcher(TorchFunctionMode):
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def see(self, site: Site, x: Tensor, y: Tensor) -> None:
+    def see(self, site: Site, x: Tensor, y: Tensor | None) -> None:
         """What the layer at a site read, x [..., K], and returned, y [..., N]."""
         raise NotImplementedError
 
@@ -54,16 +56,18 @@ class Watcher(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = func(*args, **kwargs)
-        if func is torch.nn.functional.linear:
-            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-            site = _site(self._names, weight)
-            if site is not None:
-                self.see(site, x, found)
-                self._left.discard(site.parameter)
-                if self._stops and not self._left:
-                    raise AllSeen
-        return found
+        if func is not torch.nn.functional.linear:
+            return func(*args, **kwargs)
+        x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+        site = _site(self._names, weight)
+        if site is None:
+            return func(*args, **kwargs)
+        y = func(*args, **kwargs) if self._outputs else None
+        self.see(site, x, y)
+        self._left.discard(site.parameter)
+        if self._stops and not self._left:
+            raise AllSeen
+        return func(*args, **kwargs) if y is None else y
 
 
 class Recorder(Watcher):
@@ -79,7 +83,8 @@ class Recorder(Watcher):
         """[..., N] by site, but for those that the model has overwritten since."""
         return {site: y for site, (y, version) in self._seen.items() if y._version == version}
 
-    def see(self, site: Site, x: Tensor, y: Tensor) -> None:
+    def see(self, site: Site, x: Tensor, y: Tensor | None) -> None:
+        assert y is not None
         self._seen[site] = (y.detach(), y._version)
 
 
@@ -87,7 +92,7 @@ class OrderOfUse(Watcher):
     """Within it, one run of the model tells which `parameters` are used one after the other, and which together."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__(parameters)
+        super().__init__(parameters, outputs=False)
         self._steps: list[tuple[Tensor, dict[str, None]]] = []
 
     @property
@@ -95,7 +100,7 @@ class OrderOfUse(Watcher):
         """Names in order of first use; one step are those that read the same tensor, or are of different experts."""
         return [tuple(names) for _, names in self._steps]
 
-    def see(self, site: Site, x: Tensor, y: Tensor) -> None:
+    def see(self, site: Site, x: Tensor, y: Tensor | None) -> None:
         alike = _unnumbered(site.parameter)
         for read, names in self._steps:
             if read is x or any(_unnumbered(name) == alike for name in names):

@@ -3,20 +3,30 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <cstdint>
 #include <stdexcept>
 
+#include "gram.h"
 #include "round_columns.h"
 
 namespace nb = nanobind;
 
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bits = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 namespace {
 
 void require(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(what);
+}
+
+void add_gram(Bits x, Output total, int threads) {
+  require(total.shape(0) == x.shape(1) && total.shape(1) == x.shape(1), "total must be [columns, columns]");
+  require(fewbits::multiplies_bf16(), "this processor does not multiply BF16");
+  nb::gil_scoped_release released;
+  fewbits::add_gram(x.data(), x.shape(0), x.shape(1), total.data(), threads);
 }
 
 void round_columns(Matrix targets, Matrix feedback, Matrix scale, Matrix offset, Vector levels, Vector midpoints,
@@ -42,6 +52,8 @@ void round_columns(Matrix targets, Matrix feedback, Matrix scale, Matrix offset,
 
 NB_MODULE(_core, m) {
   const auto as_is = [](const char* name) { return nb::arg(name).noconvert(); };  // a copy would be written to for nothing
+  m.def("multiplies_bf16", &fewbits::multiplies_bf16);
+  m.def("add_gram", &add_gram, as_is("x"), as_is("total"), nb::arg("threads"));
   m.def("round_columns", &round_columns, as_is("targets"), as_is("feedback"), as_is("scale"), as_is("offset"),
         as_is("levels"), as_is("midpoints"), as_is("base"), as_is("values"), nb::arg("threads"));
 }

@@ -1,4 +1,7 @@
-// Work on several threads, for calls that take milliseconds: threads are made for one call and end with it.
+// Work on several threads: OpenMP's where it is there, else threads that are made for one call and end with it.
+//
+// torch runs its own work by OpenMP, and its threads go on spinning for milliseconds after it. Where they are the same
+// threads (libgomp is loaded once) that costs nothing; threads of our own would have to share the cores with them.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +15,7 @@
 namespace fewbits {
 
 // Calls work(i) for every i below count. Whoever is done takes the next one, so a thread that the system holds up does
-// not hold up the others. What work throws ends the loop and is thrown again here; threads that the system refuses to
-// make are done without.
+// not hold up the others. What work throws ends the loop and is thrown again here.
 template <typename Work>
 void parallel_for(std::size_t count, int threads, Work&& work) {
   std::atomic<std::size_t> next{0};
@@ -28,14 +30,19 @@ void parallel_for(std::size_t count, int threads, Work&& work) {
       if (!thrown) thrown = std::current_exception();
     }
   };
-  std::vector<std::thread> others;
   const auto wanted = std::min<std::size_t>(count, static_cast<std::size_t>(std::max(1, threads)));
+#ifdef _OPENMP
+#pragma omp parallel num_threads(static_cast<int>(wanted)) if (wanted > 1)
+  run();
+#else
+  std::vector<std::thread> others;
   try {
     for (std::size_t t = 1; t < wanted; ++t) others.emplace_back(run);
   } catch (const std::exception&) {
   }
   run();
   for (auto& thread : others) thread.join();
+#endif
   if (thrown) std::rethrow_exception(thrown);
 }
 
