@@ -11,7 +11,7 @@ from torch import Tensor
 from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import Format, QTensor, format_named
 from fewbits.methods import METHODS, Block, quantize_tensor
-from fewbits.methods._hessian import PROBES, coefficients, factor, solving_order
+from fewbits.methods._hessian import BLOCK, PROBES, coefficients, factored, solving_order
 from fewbits.methods.gptq import GPTQ, SHRINKING, _correction
 
 N, K = 24, 96
@@ -79,16 +79,6 @@ def test_columns_and_groups_come_in_falling_order() -> None:
     assert solving_order(importance, None).tolist() == [7, 4, 1, 2, 3, 0, 5, 6]
     # Sums of the groups of three: 8, 12 and (ragged) 30.
     assert solving_order(importance, 3).tolist() == [7, 6, 4, 3, 5, 1, 2, 0]
-
-
-def test_factors_give_the_matrix_back() -> None:
-    found, factors = factor(H, solving_order(H.diagonal(), 32), 0.01)
-    whole = found.rows(slice(0, K))
-    product = factors.feedback.T * factors.cost @ factors.feedback
-    assert torch.allclose(product, whole, atol=K * torch.finfo(torch.float32).eps * float(whole.abs().max()))
-    x = normal(K, 3, seed=5)
-    assert torch.allclose(factors.solve(whole.double().float() @ x), x, atol=1e-3)
-    assert torch.allclose(found.diagonal(), whole.diagonal())
 
 
 @pytest.mark.parametrize("format", ["int4-g32", "int3-asym-g64", "int4", "ternary-g64", "nf4", "q4_1", "nvfp4"])
@@ -220,10 +210,10 @@ def noisy(tokens: int, signal: float) -> tuple[dict[str, Tensor], Tensor]:
 
 def correction(stats: dict[str, Tensor], damping: float = 0.01) -> Tensor:
     """[N, K], in the order of the columns."""
-    hessian = stats["hessian"]
-    objective, factors = factor(hessian, solving_order(hessian.diagonal(), None), damping)
-    found = torch.empty_like(W).T
-    found[objective.columns] = _correction(objective, factors, stats)
+    hessian, tokens, found = stats["hessian"], float(stats["tokens"]), torch.empty_like(W).T
+    with factored(hessian, solving_order(hessian.diagonal(), None), damping) as (objective, factors):
+        free, scatter = coefficients(objective, factors), float(stats["scatter"].sum())
+        found[objective.columns] = _correction(objective, factors, stats["drift"], scatter, tokens, free)
     return found.T
 
 
@@ -242,9 +232,58 @@ def test_a_correction_that_is_there_is_kept() -> None:
 
 def test_free_coefficients_are_the_trace() -> None:
     """Hutchinson's estimate has a variance of 2·‖M‖² a probe, off the diagonal: five deviations."""
-    objective, factors = factor(H, solving_order(H.diagonal(), None), 0.5)
-    inverse = torch.linalg.inv(H.double() + objective.damping * torch.eye(K))
-    exact = float((H.double() @ inverse).trace())
+    with factored(H, solving_order(H.diagonal(), None), 0.5) as (objective, factors):
+        found, damping = coefficients(objective, factors), objective.damping
+    inverse = torch.linalg.inv(H.double() + damping * torch.eye(K))
     off = inverse - inverse.diag().diag()
-    deviation = objective.damping * float((2 * off.square().sum() / PROBES).sqrt())
-    assert abs(coefficients(objective, factors) - exact) < 5 * deviation + 1e-3
+    deviation = damping * float((2 * off.square().sum() / PROBES).sqrt())
+    assert abs(found - float((H.double() @ inverse).trace())) < 5 * deviation + 1e-3
+
+
+@pytest.mark.parametrize("width", [1, 5, BLOCK, BLOCK + 1, 3 * BLOCK - 7])
+def test_factors_are_those_of_the_damped_hessian(width: int) -> None:
+    x = normal(2 * width, width, seed=3) * normal(width, seed=4).exp()
+    hessian = hessian_of(x)
+    hessian = (hessian + hessian.T) / 2
+    before, order = hessian.clone(), solving_order(hessian.diagonal(), None)
+    with factored(hessian, order, 0.01) as (objective, factors):
+        columns, whole = objective.columns, slice(0, width)
+        damped = before.double() + objective.damping * torch.eye(width)
+        unit = factors.within(whole).T.double() + torch.eye(width)
+        made = unit @ factors.cost.double().diag() @ unit.T
+        assert torch.equal(columns, order.flip(0))
+        # float32, backward stable: k·u·(|L|·|L|ᵀ), and every row of L is as long as the root of its pivot's diagonal.
+        size = damped.diagonal()[columns].sqrt()
+        assert ((made - damped[columns][:, columns]).abs() <= 2.0**-22 * (width + 1) * size * size[:, None]).all()
+        assert torch.allclose(objective.rows(whole).double(), damped[columns][:, columns], rtol=1e-6, atol=0)
+        assert torch.equal(objective.rows(slice(width // 2, width)), objective.rows(whole)[width // 2 :])
+        b = normal(width, 3, seed=5)
+        solved, exact = factors.solve_(b.clone()), torch.linalg.solve(made, b.double())
+        assert float((solved - exact).norm() / exact.norm()) < 1e-4
+    assert torch.equal(hessian, before)
+
+
+def test_a_hessian_that_cannot_be_factored_at_once_is_put_back() -> None:
+    hessian = H - 0.05 * H.diagonal().mean() * torch.eye(K)
+    before = hessian.clone()
+    with factored(hessian, solving_order(hessian.diagonal(), None), 0.001) as (objective, _):
+        assert objective.damping > 0.002 * float(hessian.diagonal().median())
+    assert torch.equal(hessian, before)
+    hessian = -H + 2 * H.diagonal().diag()
+    before = hessian.clone()
+    with pytest.raises(UnsupportedError, match="large negative eigenvalues"):
+        solve(h=hessian)
+    assert torch.equal(hessian, before)
+
+
+@pytest.mark.parametrize("format", ["int4-g32", "int3-asym", "nf4"])
+def test_rows_a_few_at_a_time(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of several heights, cut across their borders."""
+    others = [W, normal(5, K, seed=9) * 0.02, normal(31, K, seed=10) * 0.02]
+    stats = [{"hessian": H}] * 3
+    whole = GPTQ().quantize_together(others, format_named(format), stats)
+    monkeypatch.setattr(GPTQ, "slab", 10 * K)
+    for found, expected in zip(GPTQ().quantize_together(others, format_named(format), stats), whole, strict=True):
+        assert found.codes.shape == expected.codes.shape
+        assert (found.codes == expected.codes).float().mean() > 0.99  # sums in another order, seldom another level
+        assert all(found.params[key].shape == expected.params[key].shape for key in expected.params)

@@ -90,9 +90,11 @@ class TensorMethod(Solver):
     rowwise: ClassVar[bool] = True
     """Whether a row's codes depend on that row alone, so that a tensor can be done a few rows at a time."""
     shares: ClassVar[bool] = False
-    """Whether matrices that read the same input are better solved as one, on top of each other, and nothing beside
-    them: then torch has enough to spread over its threads, and one matrix at a time takes memory.
+    """Whether matrices that read the same input are better solved together, and nothing beside them: then torch has
+    enough to spread over its threads, and one input's statistics at a time take memory.
     """
+    slab: ClassVar[int | None] = None
+    """Weights of them that are solved at a time, if not a whole matrix."""
 
     @abstractmethod
     def quantize(self, w: Tensor, format: Format, stats: Mapping[str, Tensor]) -> QTensor:
@@ -104,26 +106,23 @@ class TensorMethod(Solver):
 
     @torch.no_grad()
     def quantize_block(self, block: Block, plan: Mapping[str, Format], stats: Stats) -> dict[str, QTensor]:
-        groups = _groups(block, plan, stats) if self.shares and self.rowwise else [[name] for name in block.slots]
+        groups = _groups(block, plan, stats) if self.shares else [[name] for name in block.slots]
         tasks = [partial(self._solve, names, block, plan, stats) for names in groups]
         solved: dict[str, QTensor] = {}
         for found in [task() for task in tasks] if self.shares else in_parallel(tasks):
             solved |= found
         return {name: solved[name] for name in block.slots}
 
+    def quantize_together(
+        self, matrices: Sequence[Tensor], format: Format, stats: Sequence[Mapping[str, Tensor]]
+    ) -> list[QTensor]:
+        """The same for matrices that read the same input, each with its statistics."""
+        return [self.quantize(w, format, found) for w, found in zip(matrices, stats, strict=True)]
+
     def _solve(self, names: list[str], block: Block, plan: Mapping[str, Format], stats: Stats) -> dict[str, QTensor]:
-        """Matrices of the same width, format and statistics, solved as one."""
-        format, matrices = plan[names[0]], [block.matrix(name) for name in names]
-        if len(names) == 1:
-            return {names[0]: self.quantize(matrices[0], format, stats.get(names[0], {}))}
-        q = self.quantize(torch.cat(matrices, dim=-2), format, _on_top([stats[name] for name in names]))
-        heights = [w.shape[-2] for w in matrices]
-        codes = q.codes.split(heights, dim=-2)
-        params = {key: p.split(heights, dim=-2) for key, p in q.params.items()}
-        return {
-            name: QTensor(format, codes[i].contiguous(), {key: p[i].contiguous() for key, p in params.items()})
-            for i, name in enumerate(names)
-        }
+        """Matrices of the same input and format."""
+        matrices, found = [block.matrix(name) for name in names], [stats.get(name, {}) for name in names]
+        return dict(zip(names, self.quantize_together(matrices, plan[names[0]], found), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,12 +165,6 @@ class Finisher(Method):
     @abstractmethod
     def finish(self, model: Quantized) -> Finished:
         """Change params and free parameters, leave codes alone. Never worse on held-out text than what came in."""
-
-
-def _on_top(stats: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Statistics of matrices with the same input, those that have a row for each of theirs on top of each other."""
-    of_rows = {key: torch.cat([found[key] for found in stats]) for key in ("drift", "scatter") if key in stats[0]}
-    return {**stats[0], **of_rows}
 
 
 def _groups(block: Block, plan: Mapping[str, Format], stats: Stats) -> list[list[str]]:

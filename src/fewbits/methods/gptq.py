@@ -28,12 +28,14 @@ by another few per cent on the calibration text, and not the divergence on other
 
 The matrix lies transposed, [K, N], so that a column of N weights is contiguous; what the columns of a run (a group, or
 128) feed back to later runs is one matrix product. Cost: 2·K²·N operations a pass and some twenty elementwise ones on
-each column. Rows are independent, so matrices that read the same input are solved on top of each other.
+each column. Rows are independent, so matrices that read the same input are solved on top of each other, and those of
+large ones a few at a time: beside the Hessian there are only `slab` weights with what belongs to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
@@ -45,12 +47,11 @@ from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import Float, Format, Grouped, Params, QTensor
 from fewbits.formats.base import require_finite
 from fewbits.kernels.round_columns import at_positions, round_columns
-from fewbits.methods._hessian import Factors, Objective, coefficients, factor, solving_order
+from fewbits.methods._hessian import Factors, Objective, coefficients, factored, solving_order
 from fewbits.methods.base import TensorMethod
 
 RUN = 128
 """Columns of a run in formats whose groups are not counted in columns."""
-
 
 SHRINKING = 0.2
 """Damping for each column to a token: a Hessian of few tokens is shrunk towards a multiple of the identity.
@@ -76,6 +77,7 @@ class GPTQ(TensorMethod):
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
     wants: ClassVar[tuple[str, ...]] = ("drift",)
     shares: ClassVar[bool] = True
+    slab: ClassVar[int | None] = 1 << 22  # where rows do not depend on each other
 
     @property
     def name(self) -> str:
@@ -86,35 +88,58 @@ class GPTQ(TensorMethod):
         return self.in_sequence
 
     def quantize(self, w: Tensor, format: Format, stats: Mapping[str, Tensor]) -> QTensor:
+        return self.quantize_together([w], format, [stats])[0]
+
+    def quantize_together(
+        self, matrices: Sequence[Tensor], format: Format, stats: Sequence[Mapping[str, Tensor]]
+    ) -> list[QTensor]:
         """stats: `hessian` [K, K] or [experts, K, K], of how many `tokens`; `drift`, in the shape of w, with `scatter`.
 
         Raises UnsupportedError without a Hessian and FormatError for formats that cannot be rounded by columns.
         """
-        format.check(tuple(w.shape))
-        require_finite(w, {"peak": w.abs().amax()}, format.name)
+        for w in matrices:
+            format.check(tuple(w.shape))
+            require_finite(w, {"peak": w.abs().amax()}, format.name)
         if isinstance(format, Float):  # next to no error, and nothing shared by a group
-            return QTensor(format, format.round(w, {}), {})
+            return [QTensor(format, format.round(w, {}), {}) for w in matrices]
         if not (format.columnwise and isinstance(format, Grouped)):
             raise FormatError(f"{format.name} cannot be rounded one column at a time, as gptq does; use rtn or hqq")
-        if "hessian" not in stats:
+        if "hessian" not in stats[0]:
             raise UnsupportedError("gptq needs the Hessian of the layer's inputs: give calibration text, or use rtn")
-        if w.dim() == 2:
-            return self._solved(w, format, stats)
-        each = [{key: value[i] for key, value in stats.items()} for i in range(len(w))]
-        return _stacked([self._solved(x, format, found) for x, found in zip(w, each, strict=True)])
+        if matrices[0].dim() == 2:
+            return self._solved(matrices, format, stats)
+        experts = [
+            self._solved([w[i] for w in matrices], format, [{key: value[i] for key, value in s.items()} for s in stats])
+            for i in range(len(matrices[0]))
+        ]
+        return [_stacked(list(each)) for each in zip(*experts, strict=True)]
 
-    def _solved(self, w: Tensor, format: Grouped, stats: Mapping[str, Tensor]) -> QTensor:
-        """One matrix [N, K] under one Hessian."""
+    def _solved(
+        self, matrices: Sequence[Tensor], format: Grouped, stats: Sequence[Mapping[str, Tensor]]
+    ) -> list[QTensor]:
+        """Matrices [N, K] under one Hessian."""
         group = format.group if isinstance(format.group, int) else None
-        hessian = stats["hessian"].float()
-        damping = self.damping + (SHRINKING * len(hessian) / float(stats["tokens"]) if "tokens" in stats else 0.0)
-        objective, factors = factor(hessian, solving_order(hessian.diagonal(), group), damping)
-        target = w.float().T[objective.columns]
-        if "drift" in stats:
-            target += _correction(objective, factors, stats)
+        hessian, width = stats[0]["hessian"].float(), matrices[0].shape[1]
+        tokens = float(stats[0]["tokens"]) if "tokens" in stats[0] else math.inf
+        heights = [len(w) for w in matrices]
+        slab = max(1, self.slab // width) if format.rowwise and self.slab else sum(heights)
+        done = list[QTensor]()
+        order, damping = solving_order(hessian.diagonal(), group), self.damping + SHRINKING * width / tokens
+        with factored(hessian, order, damping) as (objective, factors):
+            free = coefficients(objective, factors) if "drift" in stats[0] else 0.0
+            for start in range(0, sum(heights), slab):
+                rows = slice(start, start + slab)
+                target = _rows(matrices, rows).float().T[objective.columns]
+                if "drift" in stats[0]:
+                    drift, scatter = (_rows([found[key] for found in stats], rows) for key in ("drift", "scatter"))
+                    target += _correction(objective, factors, drift, float(scatter.sum()), tokens, free)
+                done.append(self._of_target(format, objective, factors, target))
+        return _divided(done, heights)
+
+    def _of_target(self, format: Grouped, objective: Objective, factors: Factors, target: Tensor) -> QTensor:
+        """Rows whose targets are [K, N], in the order of solving."""
         layer = Layer(format, objective, target)
         layer.solve(factors)
-        del factors
         for _ in range(self.sweeps):
             layer.sweep()
         return layer.result()
@@ -147,15 +172,15 @@ class Layer:
     def solve(self, factors: Factors) -> None:
         """Round every column at a target that makes up for the errors before it."""
         if not self.grouped:
-            params = self._fitted(self.target, self.objective.columns, self.objective.diagonal())
+            params = self._fitted(self.target, self.objective.columns, self.objective.damped)
             for run in self.runs:
                 run.params = params
         for run in self.runs:
             part, later = run.positions, slice(run.positions.stop, None)
-            targets = torch.addmm(self.target[part], factors.feedback[part, later], self.error[later])
+            targets = torch.addmm(self.target[part], factors.feedback(part, later), self.error[later])
             if self.grouped:
                 run.params = self._fitted(targets, run.columns, factors.cost[part])
-            self.error[part] = self._round(run, targets, factors.feedback[part, part], self.target[part])
+            self.error[part] = self._round(run, targets, factors.within(part), self.target[part])
 
     def sweep(self) -> None:
         """Coordinate descent: scales at fixed codes, then every column at fixed others."""
@@ -253,19 +278,44 @@ class FastGPTQ(GPTQ):
         return "gptq-fast"
 
 
-def _correction(objective: Objective, factors: Factors, stats: Mapping[str, Tensor]) -> Tensor:
-    """What brings the outputs for these inputs near the original's for its own, [K, N] in the order of solving."""
-    drift = stats["drift"].float().T[objective.columns]
-    change = factors.solve(drift)
-    along, size = float((change * drift).sum()), float(change.square().sum())
-    scatter, tokens = float(stats["scatter"].sum()), float(stats["tokens"])
+def _correction(
+    objective: Objective, factors: Factors, drift: Tensor, scatter: float, tokens: float, free: float
+) -> Tensor:
+    """What brings the outputs for these inputs near the original's for its own, [K, N] in the order of solving.
+
+    drift [N, K]; scatter: summed over the rows; free: coefficients of the regression.
+    """
+    drift = drift.float().T[objective.columns]
+    change = factors.solve_(drift.clone())
+    along, size = float(change.flatten() @ drift.flatten()), float(change.norm()) ** 2
     explained = along - objective.damping * size  # tr(Δ·H·Δᵀ)
     left = scatter - 2 * along + explained
-    free = coefficients(objective, factors)
     if tokens <= free or explained <= 0:
         return torch.zeros_like(change)
     spurious = free * left / (tokens - free)
     return change.mul_(max(0.0, 1 - spurious / explained))
+
+
+def _rows(matrices: Sequence[Tensor], rows: slice) -> Tensor:
+    """Rows of matrices that are thought of as on top of each other; copied only where they are of several."""
+    parts, above = list[Tensor](), 0
+    for w in matrices:
+        part = w[max(0, rows.start - above) : max(0, rows.stop - above)]
+        parts += [part] if len(part) else []
+        above += len(w)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _divided(slabs: list[QTensor], heights: list[int]) -> list[QTensor]:
+    """Matrices of these heights from slabs of rows; one whose params are not by rows is a slab and a matrix."""
+    if len(slabs) == len(heights) == 1:
+        return slabs
+    codes = torch.cat([q.codes for q in slabs]).split(heights)
+    params = {key: torch.cat([q.params[key] for q in slabs]).split(heights) for key in slabs[0].params}
+    format = slabs[0].format
+    return [
+        QTensor(format, codes[i].clone(), {key: p[i].clone() for key, p in params.items()}) for i in range(len(heights))
+    ]
 
 
 def _stacked(experts: list[QTensor]) -> QTensor:

@@ -25,11 +25,12 @@ from fewbits.pipeline._streams import BATCH
 from fewbits.results import Estimate
 from fewbits.stats import AllSeen
 
-SAMPLE = (256, 1024)  # rows and columns of the random matrix that a solver is timed on
+SAMPLES = ((1024, 256), (1024, 1024))  # rows and columns of the random matrices that a solver is timed on
 HELD_COPIES = 4  # of the held-out windows' hidden states in memory
 BATCH_COPIES = 12  # of one batch's hidden states in memory while a block runs, those of wider layers included
 PARTS = 1.25  # runs, in all, up to the matrices of one step after the other, but for the last step's
-SOLVER_COPIES = 6  # of the largest matrix, float32, in memory on each thread while it is solved; measured
+LIBRARIES = 128 << 20  # that torch and transformers take for themselves once a model runs
+SOLVER_COPIES = 6  # of what is solved at the same time, float32, in memory meanwhile; measured
 
 
 def foresee(work: Work, ids: Tensor, held: int, memory: int) -> tuple[Estimate, float]:
@@ -44,7 +45,7 @@ def foresee(work: Work, ids: Tensor, held: int, memory: int) -> tuple[Estimate, 
     size, seconds = _first_block(work, ids)
     counted = sum(work.formats[name].nbytes(shape) for name, shape in _shapes(work).items())
     need = Estimate(
-        peak_memory=base + size + held * window * HELD_COPIES + (0 if spilled else states),
+        peak_memory=base + LIBRARIES + size + held * window * HELD_COPIES + (0 if spilled else states),
         disk=counted + (states if spilled else 0),
         seconds=_passes(work, len(ids), held) * seconds * len(ids) + _solving(work),
     )
@@ -74,25 +75,22 @@ def _first_block(work: Work, ids: Tensor) -> tuple[int, float]:
     statistics = {id(found): found.nbytes for found in collector.statistics().values()}
     largest = max((block.matrix(name).numel() for name in block.slots), default=0)
     work.model.drop(0)
-    solving = 4 * (2 * parameters + largest * SOLVER_COPIES * _at_once(work)) + _held(work, list(statistics.values()))
-    return solving + 4 * x.numel() * BATCH_COPIES, seconds / len(batch)
+    drifts = 2 * largest if "drift" in needs else 0  # of matrices that read the same input: gate and up, most often
+    solving = 4 * (2 * parameters + drifts + _solved_at_once(work, largest) * SOLVER_COPIES)
+    return solving + _held(work, list(statistics.values())) + 4 * x.numel() * BATCH_COPIES, seconds / len(batch)
 
 
-def _at_once(work: Work) -> int:
-    """Matrices that are solved at the same time."""
+def _solved_at_once(work: Work, largest: int) -> int:
+    """Weights that are solved at the same time, given those of the largest matrix."""
     solver = work.recipe.solver
-    alone = isinstance(solver, TensorMethod) and solver.shares
-    return 1 if alone else min(len(work.slots), torch.get_num_threads())
+    if isinstance(solver, TensorMethod) and solver.shares:
+        return min(largest, solver.slab or largest)
+    return largest * min(len(work.slots), torch.get_num_threads())
 
 
 def _held(work: Work, statistics: list[int]) -> int:
-    """Bytes of statistics, given those of each input of a block: of one at a time where matrices are solved in order.
-
-    A Hessian has its factors beside it.
-    """
-    largest = max(statistics, default=0)
-    factors = largest if "hessian" in work.recipe.solver.needs else 0
-    return (largest if work.recipe.solver.in_order else sum(statistics)) + factors
+    """Bytes of statistics, given those of each of a block's inputs: of one at a time where they are solved in order."""
+    return max(statistics, default=0) if work.recipe.solver.in_order else sum(statistics)
 
 
 def _passes(work: Work, windows: int, held: int) -> float:
@@ -112,24 +110,31 @@ def _solving(work: Work) -> float:
     solver = work.recipe.solver
     if not isinstance(solver, TensorMethod):
         return 0.0
-    shapes = _shapes(work)
-    seconds = {format: _sampled(solver, format) for format in set(work.formats.values())}
-    rows, columns = SAMPLE
-    power = 2 if "hessian" in solver.needs else 1
+    costs = {format: _sampled(solver, format) for format in set(work.formats.values())}
     total = 0.0
-    for name, (*_, n, k) in shapes.items():
-        total += seconds[work.formats[name]] * (n / rows) * (k / columns) ** power
-    return total / torch.get_num_threads()
+    for name, (*_, n, k) in _shapes(work).items():
+        linear, quadratic = costs[work.formats[name]]
+        total += n * (linear * k + quadratic * k**2)
+    return total if solver.shares else total / torch.get_num_threads()
 
 
-def _sampled(solver: TensorMethod, format: Format) -> float:
-    """Seconds that the solver takes for the sample on one thread."""
+def _sampled(solver: TensorMethod, format: Format) -> tuple[float, float]:
+    """Seconds that the solver takes, on as many threads as it will have, for each weight and for each of its pairs with
+    a column.
+    """
+    (rows, narrow), (_, wide) = SAMPLES
+    low, high = (_timed(solver, format, *shape) / (rows * shape[1]) for shape in SAMPLES)
+    slope = max(0.0, (high - low) / (wide - narrow))
+    return high - slope * wide, slope
+
+
+def _timed(solver: TensorMethod, format: Format, rows: int, columns: int) -> float:
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(*SAMPLE, generator=generator)
-    x = torch.randn(2 * SAMPLE[1], SAMPLE[1], generator=generator)
+    w = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(2 * columns, columns, generator=generator)
     stats = {"importance": x.square().mean(0), "hessian": x.T @ x / len(x)}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads if solver.shares else 1)
     try:
         began = time.perf_counter()
         solver.quantize(w, format, {key: stats[key] for key in (*solver.needs, *solver.wants) if key in stats})
