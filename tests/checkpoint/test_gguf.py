@@ -29,7 +29,7 @@ from fewbits.formats import FORMATS, Float, format_named
 from fewbits.formats._blocks import Block
 
 KIND = Gguf()
-BLOCKS = [format for format in FORMATS.values() if isinstance(format, Block)]
+BLOCKS = [format for format in FORMATS.values() if isinstance(format, Block) or format.name == "mxfp4"]
 METADATA = {
     "general.architecture": "llama",
     "general.name": "ein Häuschen",
@@ -52,7 +52,7 @@ METADATA = {
 
 def tensors():
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(6, 64, generator=generator)
+    w = torch.randn(6, 256, generator=generator)
     found = {f"blk.0.{format.name}.weight": quantized(format, w) for format in BLOCKS}
     found |= {f"blk.0.{dtype}.weight": floating(w.to(dtype)) for dtype in (torch.float16, torch.bfloat16)}
     found["experts"] = quantized(format_named("q8_0"), torch.randn(3, 4, 32, generator=generator))
@@ -329,7 +329,7 @@ def test_endless_header_stops_at_the_limit(tmp_path):
     assert peak < 4 << 20
 
 
-@pytest.mark.parametrize(("kind", "named"), [(12, "Q4_K"), (39, "MXFP4"), (4711, "4711, unknown")])
+@pytest.mark.parametrize(("kind", "named"), [(16, "IQ2_XXS"), (40, "NVFP4"), (4711, "4711, unknown")])
 def test_types_it_does_not_read_are_named(tmp_path, kind, named):
     path = tmp_path / "m.gguf"
     path.write_bytes(head(tensors=1) + tensor((256, 1), kind=kind) + bytes(1000))

@@ -38,6 +38,12 @@ def allows(format: Format, shape: tuple[int, ...]) -> bool:
     return True
 
 
+def width(format: Format, columns: int) -> int:
+    """So many columns, or as few more as the format's blocks need."""
+    span = format.span if isinstance(format, Grouped) and isinstance(format.span, int) else 1
+    return columns if allows(format, (1, columns)) else -(-columns // span) * span
+
+
 def bits_of(x: Tensor) -> Tensor:
     """The tensor's bytes, so that −0 differs from 0."""
     return x.contiguous().view(torch.uint8)
@@ -97,7 +103,7 @@ def assert_nearest(q: QTensor, w: Tensor) -> None:
 
 def check_bytes(format: Format) -> None:
     """`arrays` and `nbytes` say what `pack` makes; `unpack` gives back every code and every param."""
-    for shape in ((3, 96), (2, 172), (1, 1), (5, 33), (2, 3, 64)):
+    for shape in ((3, 96), (2, 172), (1, 1), (5, 33), (2, 3, 64), (2, 512), (2, 3, 256)):
         if not allows(format, shape):
             continue
         for search in (False, True):
@@ -117,7 +123,7 @@ def check_bytes(format: Format) -> None:
 
 def check_every_code_packs(format: Format) -> None:
     """All codes in every position of a byte survive packing."""
-    w = weights(2, 320)
+    w = weights(2, width(format, 320))
     q = quantized(format, w)
     if isinstance(format, Float):
         return
@@ -129,7 +135,7 @@ def check_every_code_packs(format: Format) -> None:
 
 def check_damage_is_named(format: Format) -> None:
     """A missing array or one of another shape is refused by name."""
-    q = quantized(format, weights(2, 64))
+    q = quantized(format, weights(2, width(format, 64)))
     for name in q.pack():
         arrays = q.pack()
         arrays[name] = arrays[name][..., :-1]
@@ -145,14 +151,14 @@ def check_damage_is_named(format: Format) -> None:
 
 def check_nearest(format: Format) -> None:
     for search in (False, True):
-        w = weights(3, 96)
+        w = weights(3, width(format, 96))
         assert_nearest(quantized(format, w, search=search), w)
 
 
 def check_round_is_idempotent(format: Format) -> None:
     """A number that the format holds stays what it is (its code may change where two codes mean one number)."""
     for search in (False, True):
-        q = quantized(format, weights(3, 96), search=search)
+        q = quantized(format, weights(3, width(format, 96)), search=search)
         again = format.round(q.dequantize(), q.params)
         assert torch.equal(format.decode(again, q.params), q.dequantize())
 
@@ -162,7 +168,7 @@ def check_search_never_hurts(format: Format) -> None:
 
     Both errors are compared in float32 inside fit, as sums of n squares: off by at most n·ε relative, of each.
     """
-    columns = format.group if isinstance(format, Grouped) and isinstance(format.group, int) else 64
+    columns = format.span if isinstance(format, Grouped) and isinstance(format.span, int) else 64
     w = weights(96, columns)
     w[::3] = w[::3].pow(3) * 1000  # long tails
     for h in (None, torch.rand(96, columns, generator=torch.Generator().manual_seed(1)) ** 4 * 100):
@@ -178,11 +184,11 @@ def check_search_never_hurts(format: Format) -> None:
 
 def check_importance_matters_only_where_given(format: Format) -> None:
     """Equal importance is none; importance in one column never makes that column much worse; zero is survivable."""
-    w = weights(4, 96)
-    a, b = quantized(format, w, search=True), quantized(format, w, torch.ones(96), search=True)
+    w = weights(4, width(format, 96))
+    a, b = quantized(format, w, search=True), quantized(format, w, torch.ones(width(format, 96)), search=True)
     assert torch.equal(a.dequantize(), b.dequantize())
-    assert quantized(format, w, torch.zeros(96), search=True).dequantize().isfinite().all()
-    focus = torch.full((96,), 1e-6)
+    assert quantized(format, w, torch.zeros(width(format, 96)), search=True).dequantize().isfinite().all()
+    focus = torch.full((width(format, 96),), 1e-6)
     focus[40] = 1.0
     focused = quantized(format, w, focus, search=True)
     plain = quantized(format, w, focus)
@@ -192,22 +198,22 @@ def check_importance_matters_only_where_given(format: Format) -> None:
 
 def check_zeros(format: Format) -> None:
     for search in (False, True):
-        assert not quantized(format, torch.zeros(3, 64), search=search).dequantize().any()
-        w = weights(4, 96)
+        assert not quantized(format, torch.zeros(3, width(format, 64)), search=search).dequantize().any()
+        w = weights(4, width(format, 96))
         w[:, ::3] = 0
         q = quantized(format, w, search=search)
         has_zero = format.levels is None or 0 in format.levels
-        if has_zero and "offset" not in q.params:
+        if has_zero and not {"offset", "minimum_steps"} & q.params.keys():
             assert not q.dequantize()[:, ::3].any()
         if format.rowwise:
             w[2] = 0
             assert not quantized(format, w, search=search).dequantize()[2].any()
-        negative_zero = quantized(format, -torch.zeros(3, 64), search=search).dequantize()
+        negative_zero = quantized(format, -torch.zeros(3, width(format, 64)), search=search).dequantize()
         assert not negative_zero.any()
 
 
 def check_outlier(format: Format) -> None:
-    w = weights(4, 96)
+    w = weights(4, width(format, 96))
     w[1, 5] = 300.0
     for search in (False, True):
         assert_nearest(quantized(format, w, search=search), w)
@@ -216,14 +222,14 @@ def check_outlier(format: Format) -> None:
 def check_repeated_value(format: Format) -> None:
     for value in (0.37, -0.37, 1.0, -1.0):
         for search in (False, True):
-            w = torch.full((2, 64), value)
+            w = torch.full((2, width(format, 64)), value)
             assert_nearest(quantized(format, w, search=search), w)
 
 
 def check_extremes(format: Format) -> None:
     """From subnormal to nearly infinite: either refused, or every number still becomes the nearest one held."""
     for size in (1e-45, 1e-40, 1e-37, 1e-30, 1e-10, 1e-7, 1e-5, 1e4, 1e6, 1e10, 1e30, 1e38):
-        w = weights(3, 64, spread=1.0).clamp(-3, 3) * size
+        w = weights(3, width(format, 64), spread=1.0).clamp(-3, 3) * size
         w[:, 5] = 0
         for search in (False, True):
             try:
@@ -237,13 +243,13 @@ def check_extremes(format: Format) -> None:
 def check_not_finite_is_refused(format: Format) -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
         for search in (False, True):
-            w = weights(4, 96)
+            w = weights(4, width(format, 96))
             w[1, 7] = w[3, 95] = bad
-            with pytest.raises(FormatError, match="2 of 384 weights are NaN or Inf"):
+            with pytest.raises(FormatError, match=f"2 of {w.numel()} weights are NaN or Inf"):
                 quantized(format, w, search=search)
-    w = weights(4, 96)
+    w = weights(4, width(format, 96))
     w[0, 0], w[0, 1], w[2, 2] = float("nan"), float("inf"), -float("inf")
-    with pytest.raises(FormatError, match="3 of 384 weights are NaN or Inf"):
+    with pytest.raises(FormatError, match=f"3 of {w.numel()} weights are NaN or Inf"):
         quantized(format, w)
 
 
@@ -289,20 +295,21 @@ def check_ragged_tail(format: Format) -> None:
 
 def check_layout_of_input_does_not_matter(format: Format) -> None:
     for search in (False, True):
-        for strided in (weights(8, 192)[::2, ::2], weights(96, 4).T):
+        columns = width(format, 96)
+        for strided in (weights(8, 2 * columns)[::2, ::2], weights(columns, 4).T):
             plain = quantized(format, strided.contiguous(), search=search)
             other = quantized(format, strided, search=search)
             assert torch.equal(plain.codes, other.codes)
             assert same(plain.params, other.params)
         for dtype in (torch.float16, torch.bfloat16):
-            narrow = weights(4, 96).to(dtype)
+            narrow = weights(4, width(format, 96)).to(dtype)
             a, b = quantized(format, narrow, search=search), quantized(format, narrow.float(), search=search)
             assert torch.equal(a.codes, b.codes)
             assert same(a.params, b.params)
 
 
 def check_input_is_not_changed(format: Format) -> None:
-    w, importance = weights(4, 96), torch.rand(96)
+    w, importance = weights(4, width(format, 96)), torch.rand(width(format, 96))
     before, importance_before = w.clone(), importance.clone()
     q = quantized(format, w, importance, search=True)
     codes, params = q.codes.clone(), {key: p.clone() for key, p in q.params.items()}
@@ -318,7 +325,7 @@ def check_input_is_not_changed(format: Format) -> None:
 
 def check_experts(format: Format) -> None:
     """Fused experts [E, N, K] are E separate matrices."""
-    w = torch.stack([weights(5, 64, seed=seed, spread=0.01 * (seed + 1)) for seed in range(3)])
+    w = torch.stack([weights(5, width(format, 64), seed=seed, spread=0.01 * (seed + 1)) for seed in range(3)])
     for search in (False, True):
         fused = quantized(format, w, search=search)
         for e in range(3):
@@ -331,7 +338,7 @@ def check_rows(format: Format) -> None:
     """A rowwise format may be quantized a few rows at a time."""
     if not format.rowwise:
         return
-    w = weights(7, 96)
+    w = weights(7, width(format, 96))
     for search in (False, True):
         whole = quantized(format, w, search=search)
         slabs = [quantized(format, w[rows], search=search) for rows in (slice(0, 3), slice(3, 7))]
@@ -342,7 +349,7 @@ def check_rows(format: Format) -> None:
 
 def check_columns(format: Format) -> None:
     """A columnwise format rounds one column at a time at fixed params, to the same codes."""
-    shape = (4, 160) if allows(format, (4, 172)) is False else (4, 172)
+    shape = (4, 172 if allows(format, (4, 172)) else width(format, 160))
     w = weights(*shape)
     params = format.fit(w)
     if not format.columnwise:
@@ -375,7 +382,7 @@ def check_rescaling(format: Format) -> None:
 
 def check_plain(format: Format) -> None:
     """The reference rounding is made of codes and params that the format can pack."""
-    w = weights(3, 96)
+    w = weights(3, width(format, 96))
     q = QTensor(format, *format.plain(w))
     back = QTensor.from_arrays(format, q.pack(), q.shape)
     assert torch.equal(back.dequantize(), q.dequantize())

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from format_checks import same, squared_error, weights
+from format_checks import same, squared_error, weights, width
 from torch.nn.functional import linear
 
 from fewbits.errors import FormatError
@@ -55,9 +55,15 @@ def solved(method: Solver, format: Format, block: Mapping[str, torch.Tensor]) ->
     return quick(method).quantize_block(runnable(block), dict.fromkeys(block, format), stats)
 
 
-def quantized(method: Solver, **block: torch.Tensor) -> list[dict[str, QTensor]]:
-    """The block in every format, one after the other."""
-    return [solved(method, format, block) for format in ONE_OF_EACH]
+def quantized(
+    method: Solver, make: Callable[..., torch.Tensor] = weights, **shapes: tuple[int, ...]
+) -> list[tuple[Format, dict[str, torch.Tensor], dict[str, QTensor]]]:
+    """In one format of each kind, a block of matrices of these shapes, or a little wider: (format, block, solved)."""
+    made = []
+    for format in ONE_OF_EACH:
+        block = {name: make(*shape[:-1], width(format, shape[-1])) for name, shape in shapes.items()}
+        made.append((format, block, solved(method, format, block)))
+    return made
 
 
 def output_error(q: QTensor, w: torch.Tensor) -> float:
@@ -68,8 +74,7 @@ def output_error(q: QTensor, w: torch.Tensor) -> float:
 
 def check_block(method: Solver) -> None:
     """Every weight comes back under its name, in its format and shape, as codes that its bytes hold."""
-    block = {"a": weights(5, 96), "b": weights(3, 64), "experts": weights(2, 4, 64)}
-    for format, found in zip(ONE_OF_EACH, quantized(method, **block), strict=True):
+    for format, block, found in quantized(method, a=(5, 96), b=(3, 64), experts=(2, 4, 64)):
         assert found.keys() == block.keys()
         for name, q in found.items():
             assert (q.format, q.shape) == (format, tuple(block[name].shape))
@@ -80,32 +85,31 @@ def check_block(method: Solver) -> None:
 
 def check_codes_resemble_weights(method: Solver) -> None:
     """The error is less than that of storing zeros, in every format: of the outputs where a method looks at these."""
-    w = weights(16, 128)
     error = output_error if "hessian" in method.needs else squared_error
-    for format, found in zip(ONE_OF_EACH, quantized(method, w=w), strict=True):
+    for format, block, found in quantized(method, w=(16, 128)):
+        w = block["w"]
         zeros = QTensor(FORMATS["fp32"], torch.zeros_like(w), {})
         assert error(found["w"], w) < error(zeros, w), format.name
 
 
 def check_zeros(method: Solver) -> None:
-    assert not any(found["w"].dequantize().any() for found in quantized(method, w=torch.zeros(3, 64)))
+    for _, _, found in quantized(method, torch.zeros, w=(3, 64)):
+        assert not found["w"].dequantize().any()
 
 
 def check_not_finite_is_refused(method: Solver) -> None:
     for bad in (float("nan"), float("inf")):
-        w = weights(3, 64)
-        w[1, 2] = bad
         for format in ONE_OF_EACH:
-            with pytest.raises(FormatError, match="1 of 192 weights are NaN or Inf"):
+            w = weights(3, width(format, 64))
+            w[1, 2] = bad
+            with pytest.raises(FormatError, match=f"1 of {w.numel()} weights are NaN or Inf"):
                 solved(method, format, {"w": w})
 
 
 def check_input_is_not_changed_and_nothing_is_drawn_by_lot(method: Solver) -> None:
-    w = weights(4, 96)
-    before = w.clone()
-    first, second = quantized(method, w=w), quantized(method, w=w)
-    assert torch.equal(w, before)
-    for a, b in zip(first, second, strict=True):
+    first, second = quantized(method, w=(4, 96)), quantized(method, w=(4, 96))
+    for (_, block, a), (_, _, b) in zip(first, second, strict=True):
+        assert torch.equal(block["w"], weights(*block["w"].shape))
         assert torch.equal(a["w"].codes, b["w"].codes)
         assert same(a["w"].params, b["w"].params)
 
@@ -114,9 +118,9 @@ def check_rows(method: Method) -> None:
     """A rowwise method gives the same in slabs, for formats that are rowwise too."""
     if not (isinstance(method, TensorMethod) and method.rowwise):
         return
-    w = weights(7, 96)
     for format in ONE_OF_EACH:
         if format.rowwise:
+            w = weights(7, width(format, 96))
             stats = statistics(method, w)
             whole = method.quantize(w, format, stats).dequantize()
             slabs = [method.quantize(w[rows], format, stats).dequantize() for rows in (slice(0, 3), slice(3, 7))]
@@ -127,11 +131,14 @@ def check_hessian_is_used(method: Method) -> None:
     """A method that knows the Hessian leaves less error in the outputs than rounding that knows its diagonal."""
     if not (isinstance(method, TensorMethod) and "hessian" in method.needs):
         return
-    w = weights(12, 128)
-    stats = statistics(method, w)
-    importance = {"importance": stats["hessian"].diagonal()}
+    known = {}
+    for columns in (128, 256):
+        w = weights(12, columns)
+        known[columns] = w, statistics(method, w)
     for format in FORMATS.values():
         if isinstance(format, Grouped) and format.columnwise:
+            w, stats = known[width(format, 128)]
+            importance = {"importance": stats["hessian"].diagonal()}
             rounded = METHODS["rtn"].quantize(w, format, importance)
             assert output_error(method.quantize(w, format, stats), w) < output_error(rounded, w), format.name
 

@@ -193,3 +193,63 @@ def test_unknown_names_are_refused(name: str) -> None:
 def test_a_near_miss_is_suggested() -> None:
     with pytest.raises(FormatError, match=r"did you mean .*int4-g128"):
         format_named("int4_g128")
+
+
+def super_block(codes: list[int], **params: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
+    """One row of 256 codes that repeat, and its params by sub-block."""
+    return torch.tensor(codes, dtype=torch.uint8).repeat(256 // len(codes))[None], {
+        key: row(*values) for key, values in params.items()
+    }
+
+
+def test_bytes_of_a_q4_k_super_block() -> None:
+    """Scales 1, 2, 3, 63 | 16, 47, 0, 33 and minima 0, 5, 32, 63 | 1, 17, 62, 48: the high two bits of the last four
+    stand above the first four, their low nibbles, scale below minimum, in four bytes of their own.
+    """
+    codes, params = super_block(
+        list(range(16)) * 2 + list(range(15, -1, -1)) * 2,
+        factor=[0.5] * 8,
+        steps=[1, 2, 3, 63, 16, 47, 0, 33],
+        minimum_factor=[2.0] * 8,
+        minimum_steps=[0, 5, 32, 63, 1, 17, 62, 48],
+    )
+    found = octets(FORMATS["q4_k"].pack(codes, params)["blocks"])
+    scales = [1 | 1 << 6, 2 | 2 << 6, 3, 63 | 2 << 6]
+    minima = [0, 5 | 1 << 6, 32 | 3 << 6, 63 | 3 << 6]
+    late = [0 | 1 << 4, 15 | 1 << 4, 0 | 14 << 4, 1 | 0 << 4]
+    nibbles = [i % 16 | (15 - i % 16) << 4 for i in range(32)] * 4
+    assert found == [*half(0.5), *half(2.0), *scales, *minima, *late, *nibbles]
+    # Number 33, the second of the second sub-block: 0.5 · 2 · 14 − 2 · 5.
+    assert FORMATS["q4_k"].decode(codes, params)[0, 33].item() == 4.0
+
+
+def test_bytes_of_a_q6_k_super_block() -> None:
+    """Low nibbles of numbers n and n + 64 share a byte, high pairs of bits those of n, n + 32, n + 64 and n + 96."""
+    codes, params = super_block(list(range(64)), factor=[0.25] * 16, steps=list(range(-8, 8)))
+    found = octets(FORMATS["q6_k"].pack(codes, params)["blocks"])
+    low = [n % 16 | (n % 16) << 4 for n in range(64)] * 2
+    high = [sum(((n + 32 * j) % 64 >> 4) << (2 * j) for j in range(4)) for n in range(32)] * 2
+    assert found == [*low, *high, *[step % 256 for step in range(-8, 8)], *half(0.25)]
+    # Number 255, of code 63 in the last sub-block: 0.25 · 7 · (63 − 32).
+    assert FORMATS["q6_k"].decode(codes, params)[0, 255].item() == 54.25
+
+
+def test_bytes_of_a_q3_k_super_block() -> None:
+    """Steps count from −32: 0, 63, 37 and so on, four low bits each in eight bytes, two high bits in four more."""
+    steps = [0, 63, 37, 32, 31, 16, 15, 1, 2, 3, 4, 5, 48, 47, 62, 33]
+    codes, params = super_block(list(range(8)), factor=[1.0] * 16, steps=[step - 32 for step in steps])
+    found = octets(FORMATS["q3_k"].pack(codes, params)["blocks"])
+    mask = [0xFF if n % 8 > 3 else 0 for n in range(32)]
+    low = [(n % 4) * 0b01010101 for n in range(32)] * 2
+    packed_steps = [steps[i] % 16 | (steps[i + 8] % 16) << 4 for i in range(8)]
+    packed_steps += [sum((steps[i + 4 * j] >> 4) << (2 * j) for j in range(4)) for i in range(4)]
+    assert found == [*mask, *low, *packed_steps, *half(1.0)]
+    # Number 16, of code 0, in the second sub-block: 31 · (0 − 4).
+    assert FORMATS["q3_k"].decode(codes, params)[0, 16].item() == -124.0
+
+
+def test_bytes_of_a_tq1_0_block() -> None:
+    """All ones: five trits of 2 are 242, and ⌈242·256/243⌉ = 255; the last four bytes hold four, 240 and then 253."""
+    codes = torch.ones(1, 256, dtype=torch.int8)
+    found = octets(FORMATS["tq1_0"].pack(codes, {"scale": row(0.5)})["blocks"])
+    assert found == [255] * 48 + [253] * 4 + half(0.5)

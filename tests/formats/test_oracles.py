@@ -19,12 +19,15 @@ from fewbits.formats import FORMATS, QTensor
 from fewbits.formats._bits import pack_bits, unpack_bits
 from fewbits.formats._blocks import Block
 from fewbits.formats.codebook import NF4
+from fewbits.formats.gguf_mxfp4 import MxFp4Blocks
 
-BLOCKS = [name for name, format in FORMATS.items() if isinstance(format, Block)]
+BLOCKS = [*(name for name, format in FORMATS.items() if isinstance(format, Block)), "mxfp4"]
+ENCODED = ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "tq1_0", "tq2_0"]
+"""gguf-py decodes all of them, and encodes these."""
 
 
 def block(name: str) -> Block:
-    format = FORMATS[name]
+    format = MxFp4Blocks() if name == "mxfp4" else FORMATS[name]
     assert isinstance(format, Block)
     return format
 
@@ -55,18 +58,18 @@ CORPUS = {
     "bf16 weights": (normal(400, 512, seed=2) * 0.02).bfloat16().float(),
     "ties between codes": torch.randint(-16, 17, (200, 512), generator=torch.Generator().manual_seed(3)) / 16,
     "ties between bytes": torch.randint(-254, 255, (200, 512), generator=torch.Generator().manual_seed(4)) / 2,
-    "one value": torch.full((2, 64), 0.3),
-    "one negative value": torch.full((2, 64), -0.3),
-    "both signs of one value": torch.full((2, 64), 0.3) * torch.tensor([1.0, -1.0]).repeat(32),
-    "zeros": torch.zeros(2, 64),
-    "negative zeros": -torch.zeros(2, 64),
-    "zeros of both signs among numbers": torch.where(torch.arange(64) % 3 == 0, -0.0, normal(40, 64)),
-    "one outlier": torch.where(torch.arange(64) == 7, 900.0, normal(40, 64)),
-    **{f"numbers near {size:g}": normal(40, 64) * size for size in (1e-45, 1e-30, 1e-8, 1e-7, 1e-6, 1e-4, 1e3, 1e4)},
+    "one value": torch.full((2, 256), 0.3),
+    "one negative value": torch.full((2, 256), -0.3),
+    "both signs of one value": torch.full((2, 256), 0.3) * torch.tensor([1.0, -1.0]).repeat(128),
+    "zeros": torch.zeros(2, 256),
+    "negative zeros": -torch.zeros(2, 256),
+    "zeros of both signs among numbers": torch.where(torch.arange(256) % 3 == 0, -0.0, normal(40, 256)),
+    "one outlier": torch.where(torch.arange(256) == 7, 900.0, normal(40, 256)),
+    **{f"numbers near {size:g}": normal(40, 256) * size for size in (1e-45, 1e-30, 1e-8, 1e-7, 1e-6, 1e-4, 1e3, 1e4)},
 }
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", ENCODED)
 @pytest.mark.parametrize("case", CORPUS)
 def test_plain_blocks_equal_gguf_py(case: str, name: str) -> None:
     assert torch.equal(plain(CORPUS[case], name), reference(CORPUS[case], name))
@@ -80,24 +83,45 @@ def test_blocks_decode_exactly_in_gguf_py(case: str, name: str) -> None:
         params = format.fit(w, search=search)
         q = QTensor(format, format.round(w, params), params)
         assert torch.equal(q.dequantize(), decoded(q.pack()["blocks"], name))
-    q = QTensor.from_arrays(format, {"blocks": reference(w, name)}, tuple(w.shape))
-    assert torch.equal(q.dequantize(), decoded(reference(w, name), name))
+    if name in ENCODED:
+        q = QTensor.from_arrays(format, {"blocks": reference(w, name)}, tuple(w.shape))
+        assert torch.equal(q.dequantize(), decoded(reference(w, name), name))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+def test_any_bytes_are_a_block(name: str) -> None:
+    """Every bit of a block, drawn by lot, means what it means to gguf-py, and is written again as it was."""
+    format, rows, blocks = block(name), 50, 3
+    generator = torch.Generator().manual_seed(0)
+    fields = [
+        torch.randn(rows, blocks, 1, generator=generator).half().view(torch.uint8)
+        if field in ("d", "m", "dmin")
+        else torch.randint(
+            0, 256 if field != "e" else 250, (rows, blocks, size), dtype=torch.uint8, generator=generator
+        )
+        for field, size in format.fields
+    ]
+    data = torch.cat(fields, dim=-1).flatten(-2)
+    q = QTensor.from_arrays(format, {"blocks": data}, (rows, blocks * format.span))
+    assert torch.equal(q.dequantize(), decoded(data, name))
+    if name not in ("tq1_0", "tq2_0"):  # where several bytes mean the same trits
+        assert torch.equal(q.pack()["blocks"], data)
+
+
+@pytest.mark.parametrize("name", ENCODED)
 def test_scales_that_gguf_py_would_lose_are_lost_or_refused_here_too(name: str) -> None:
     """Where 1/d overflows, gguf-py's codes are undefined casts of infinities; the numbers they mean are still zeros."""
-    tiny = normal(40, 64) * 1e-40
+    tiny = normal(40, 256) * 1e-40
     assert not QTensor(block(name), *block(name).plain(tiny)).dequantize().any()
     with pytest.raises(FormatError, match=r"overflows its stored type \(largest weight 1e\+30\)"):
-        block(name).plain(torch.full((2, 64), 1e30) * torch.tensor([1.0, -1.0]).repeat(32))
+        block(name).plain(torch.full((2, 256), 1e30) * torch.tensor([1.0, -1.0]).repeat(128))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_have_ggml_numbers_and_sizes(name: str) -> None:
     kind = GGMLQuantizationType[block(name).ggml_name]
     assert kind.value == block(name).ggml_type
-    assert GGML_QUANT_SIZES[kind] == (block(name).group, block(name).block_bytes)
+    assert GGML_QUANT_SIZES[kind] == (block(name).span, block(name).block_bytes)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

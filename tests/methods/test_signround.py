@@ -12,7 +12,7 @@ from training import draw, mlp
 from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import FORMATS, Affine, Format, Grouped, QTensor, format_named
 from fewbits.methods import METHODS, Block
-from fewbits.methods._fake_quant import Rescaling, Rounding
+from fewbits.methods._fake_quant import Rescaling, Rounding, _ends, per_number
 from fewbits.methods._windows import batches
 from fewbits.methods.gptq import GPTQ
 from fewbits.methods.products import product_type
@@ -37,7 +37,7 @@ def error(block: Block, solved: dict[str, QTensor]) -> float:
 
 @pytest.mark.parametrize("format", FAMILIES, ids=str)
 def test_it_starts_at_the_codes_it_is_given(format: Grouped) -> None:
-    w = weights(6, 128)
+    w = weights(6, 256)
     start = nearest(w, format)
     rounding = Rounding(w, start)
     assert torch.equal(rounding.weights(), start.dequantize())
@@ -47,14 +47,14 @@ def test_it_starts_at_the_codes_it_is_given(format: Grouped) -> None:
 
 @pytest.mark.parametrize("format", FAMILIES, ids=str)
 def test_codes_that_are_not_the_nearest_are_kept_as_a_start(format: Grouped) -> None:
-    w = weights(6, 128)
+    w = weights(6, 256)
     other = QTensor(format, format.round(1.3 * w.flip(0), (p := nearest(w, format).params)), p)
     assert torch.equal(Rounding(w, other).weights(), other.dequantize())
 
 
 @pytest.mark.parametrize("format", FAMILIES, ids=str)
 def test_the_longest_shift_moves_to_the_neighbouring_level_and_no_further(format: Grouped) -> None:
-    w, levels = weights(6, 128), format.levels
+    w, levels = weights(6, 256), format.levels
     assert levels is not None
     start = nearest(w, format)
     rounding = Rounding(w, start)
@@ -80,21 +80,25 @@ def test_a_shift_by_hand() -> None:
     assert rounding.weights().tolist() == [[0.5, -0.5, 0.5, -1.0]]
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "int3-asym-g16", "nf4", "fp8-e4m3", "ternary-g64", "q4_0", "q4_1"])
+@pytest.mark.parametrize(
+    "name", ["int4-g32", "int3-asym-g16", "nf4", "fp8-e4m3", "ternary-g64", "q4_0", "q4_1", "q4_k", "iq4_xs"]
+)
 def test_the_slope_of_a_scale_at_fixed_codes_is_the_derivative(name: str) -> None:
     """Σ g·ŵ over a group against the difference of g·ŵ between two scales near the start, at the same codes."""
     format = format_named(name)
     assert isinstance(format, Grouped)
-    w, g = weights(4, 128), draw(4, 128, seed=7)
+    w, g = weights(4, 256), draw(4, 256, seed=7)
     start = nearest(w, format)
     rescaling = Rescaling(start)
     rescaling.weights()
     step, values = 1 / 64, []
     for factor in (1 + step, 1 - step):
-        params = format.rescaled(start.params, torch.full_like(start.params["scale"], factor))
+        params = format.rescaled(start.params, torch.full_like(format.scale_at(start.params), factor))
         values.append(format.grouped(format.decode(start.codes, params) * g).sum(-1))
     found = rescaling.slope(g)
-    size = format.grouped((start.dequantize() * g).abs()).sum(-1)  # scales of 16 bits are half a unit (2⁻¹¹) off
+    # Scales of 16 bits are half a unit (2⁻¹¹) off, and so is an offset, which may nearly cancel with the rest.
+    reach = torch.maximum(*(end.abs() for end in _ends(format, per_number(start.params))))
+    size = (format.grouped(g.abs()) * 3 * reach).sum(-1)
     assert torch.all(((values[0] - values[1]) / (2 * step) - found).abs() <= size * 2**-11 / step)
 
 

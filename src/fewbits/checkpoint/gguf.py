@@ -44,6 +44,7 @@ from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, r
 from fewbits.errors import CheckpointError, FormatError, LedgerError, OutputError, UnsupportedError
 from fewbits.formats import FORMATS, ArraySpec, Float, Format, QTensor
 from fewbits.formats._blocks import Block
+from fewbits.formats.gguf_mxfp4 import NUMBERS, MxFp4Blocks
 
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 """Type numbers (ggml.h, enum ggml_type) of the dtypes that are written. Block formats carry theirs."""
@@ -52,8 +53,14 @@ READ_TYPES: dict[int, Format] = {
     **{24: Float(torch.int8), 25: Float(torch.int16), 26: Float(torch.int32), 27: Float(torch.int64)},
     28: Float(torch.float64),
     **{format.ggml_type: format for format in FORMATS.values() if isinstance(format, Block)},
+    MxFp4Blocks.ggml_type: NUMBERS,
 }
-FILE_TYPES = {"fp32": 0, "fp16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
+FILE_TYPES = {
+    **{"fp32": 0, "fp16": 1, "bf16": 32},
+    **{"q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9},
+    **{"q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18},  # the smallest mixture of each name
+    **{"iq4_nl": 25, "iq4_xs": 30, "tq1_0": 36, "tq2_0": 37},
+}
 """general.file_type (llama.h, enum llama_ftype) of a file that is mostly in one format."""
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: how block formats are laid out
 NAME_BYTES = 63  # GGML_MAX_NAME, less the closing zero
@@ -116,9 +123,15 @@ class Gguf(Kind):
 
 def ggml_type(format: Format) -> int | None:
     """The type number of a format that GGUF can hold, else None."""
+    format = laid_out(format)
     if isinstance(format, Block):
         return format.ggml_type
     return FLOAT_TYPES.get(format.dtype) if isinstance(format, Float) else None
+
+
+def laid_out(format: Format) -> Format:
+    """The format whose bytes stand for it in a GGUF file: itself, but for MXFP4."""
+    return MxFp4Blocks() if format == NUMBERS else format
 
 
 class GgufReader(Reader):
@@ -138,7 +151,7 @@ class GgufReader(Reader):
         self._arrays: dict[str, Located] = {}
         for info in header.tensors:
             entry = self._entry(info)
-            (spec,) = entry.format.arrays(entry.shape).values()
+            (spec,) = laid_out(entry.format).arrays(entry.shape).values()
             located = Located(path, size, spec.dtype, spec.shape, header.data + info.offset)
             if located.offset + located.nbytes > size:
                 raise CheckpointError(
@@ -153,12 +166,14 @@ class GgufReader(Reader):
             raise CheckpointError(f"{self.path}: tensor '{name}' is missing; the file holds {len(self.entries)}")
         located = self._arrays[name].rows(rows)
         shape = located.shape[:1] + entry.shape[1:]
-        (array,) = entry.format.arrays(shape)
-        return QTensor.from_arrays(entry.format, {array: located.read()}, shape)
+        layout = laid_out(entry.format)
+        (array,) = layout.arrays(shape)
+        found = QTensor.from_arrays(layout, {array: located.read()}, shape)
+        return QTensor(entry.format, found.codes, found.params)
 
     def digests(self, name: str) -> dict[str, str]:
         entry = self.entries[name]
-        (array,) = entry.format.arrays(entry.shape)
+        (array,) = laid_out(entry.format).arrays(entry.shape)
         return {array: self._arrays[name].sha256()}
 
     def _entry(self, info: TensorInfo) -> Entry:
@@ -214,7 +229,7 @@ class GgufWriter(StreamWriter):
         }
 
     def encode(self, entry: Entry, part: QTensor, *, last: bool) -> dict[str, Tensor]:
-        return part.pack()
+        return laid_out(entry.format).pack(part.codes, part.params)
 
     def commit(self, ledger: Mapping[str, Any]) -> None:
         self.require_complete()
@@ -281,5 +296,5 @@ def _layout(entries: Sequence[Entry], metadata: Mapping[str, Any]) -> tuple[byte
 
 
 def _array(entry: Entry, file: OutputFile, start: int) -> ArrayOnDisk:
-    ((name, spec),) = entry.format.arrays(entry.shape).items()
+    ((name, spec),) = laid_out(entry.format).arrays(entry.shape).items()
     return ArrayOnDisk(name, ArraySpec(spec.dtype, spec.shape), file, start)

@@ -231,7 +231,7 @@ def _scale(j: Journey) -> str:
     parts = [f"scale = {rule}{number(j.factor)}"]
     if "zero" in j.params:
         parts.append(f"zero = round({number(-min(j.low, 0))} / {number(j.factor)}) = {number(j.params['zero'])}")
-    if "offset" in j.params:
+    if j.offset and "zero" not in j.params:
         parts.append(f"offset = {number(j.offset)}")
     if not {"scale", "zero", "offset"} >= j.params.keys():
         parts.append("stored as " + ", ".join(f"{key} {number(p)}" for key, p in j.params.items() if key != "scale"))
@@ -246,7 +246,7 @@ def _quantize(j: Journey) -> str:
     value, factor = number(j.value), number(j.factor)
     if "zero" in j.params:
         ratio = f"{value} / {factor} + {number(j.params['zero'])}"
-    elif "offset" in j.params:
+    elif j.offset:
         ratio = f"({value} − {_bracketed(j.offset)}) / {factor}"
     else:
         ratio = f"{value} / {factor}"
@@ -261,7 +261,7 @@ def _dequantize(j: Journey) -> str:
         return f"{_parts(j)} = {number(j.decoded, 9)}"
     if "zero" in j.params:
         return f"{number(j.factor)} · ({number(j.level)} − {number(j.params['zero'])}) = {decoded}"
-    if "offset" in j.params:
+    if j.offset and "zero" not in j.params:
         return f"{number(j.factor)} · {_bracketed(j.level)} + {_bracketed(j.offset)} = {decoded}"
     return f"{number(j.factor)} · {_bracketed(j.level)} = {decoded}"
 

@@ -16,7 +16,10 @@ from fewbits.formats.base import Arrays, ArraySpec, Format, Group, Grouped, Para
 from fewbits.formats.binary import BINARY
 from fewbits.formats.codebook import CODEBOOKS
 from fewbits.formats.floats import FLOATS, Float
+from fewbits.formats.gguf_iq import GGUF_IQ
+from fewbits.formats.gguf_k import GGUF_K
 from fewbits.formats.gguf_legacy import GGUF_LEGACY
+from fewbits.formats.gguf_ternary import GGUF_TERNARY
 from fewbits.formats.minifloat import MINIFLOATS
 from fewbits.formats.ternary import TERNARY
 
@@ -30,6 +33,9 @@ FORMATS: dict[str, Format] = {
         *TERNARY,
         *BINARY,
         *GGUF_LEGACY,
+        *GGUF_K,
+        *GGUF_IQ,
+        *GGUF_TERNARY,
     )
 }
 

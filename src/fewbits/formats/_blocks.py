@@ -33,10 +33,17 @@ class Block(Grouped):
     """The type's number in a GGUF file (ggml.h, enum ggml_type)."""
     ggml_name: ClassVar[str]
     """The type's name there, such as Q4_0."""
+    instead: ClassVar[str | None] = None
+    """The format that llama.cpp takes for rows that are no whole blocks of this one."""
 
     @property
     def name(self) -> str:
         return self.ggml_name.lower()
+
+    @property
+    def span(self) -> int:
+        """Columns of one block."""
+        return self.group
 
     @property
     def block_bytes(self) -> int:
@@ -44,14 +51,14 @@ class Block(Grouped):
 
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)
-        if shape[-1] % self.group:
+        if shape[-1] % self.span:
             raise FormatError(
-                f"{self.name}: in_features {shape[-1]} is not a multiple of its block of {self.group}; "
+                f"{self.name}: in_features {shape[-1]} is not a multiple of its block of {self.span}; "
                 "keep this tensor in 16 bits or choose a format that allows a ragged tail, such as int4-g32"
             )
 
     def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
-        return {"blocks": ArraySpec(torch.uint8, (*shape[:-1], shape[-1] // self.group * self.block_bytes))}
+        return {"blocks": ArraySpec(torch.uint8, (*shape[:-1], shape[-1] // self.span * self.block_bytes))}
 
     @abstractmethod
     def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
@@ -93,3 +100,23 @@ def half_bytes(x: Tensor) -> Tensor:
 def from_half_bytes(data: Tensor) -> Tensor:
     """The inverse of half_bytes, as float32."""
     return data.view(torch.float16).squeeze(-1).float()
+
+
+def fold(codes: Tensor, width: int, bits: int) -> Tensor:
+    """Codes of 1, 2 or 4 bits, uint8 [..., K], to bytes [..., K · bits / 8].
+
+    Each 8 / bits · width codes become `width` bytes: byte l holds codes l, l + width, l + 2·width …, the first one in
+    its lowest bits.
+    """
+    planes = codes.unflatten(-1, (-1, 8 // bits, width)).unbind(-2)
+    folded: Tensor = planes[0].clone()
+    for i, plane in enumerate(planes[1:], 1):
+        folded |= plane << (bits * i)
+    return folded.flatten(-2)
+
+
+def unfold(data: Tensor, width: int, bits: int) -> Tensor:
+    """The inverse of fold."""
+    shifts = range(0, 8, bits)
+    planes = [(data.unflatten(-1, (-1, width)) >> shift) & ((1 << bits) - 1) for shift in shifts]
+    return torch.stack(planes, dim=-2).flatten(-3)

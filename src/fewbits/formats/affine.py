@@ -104,6 +104,9 @@ class Affine(Scaled):
         w = codes.float()
         return (w if self.symmetric else w.sub_(params["zero"])).mul_(params["scale"])
 
+    def offset_at(self, params: Params) -> Tensor:
+        return super().offset_at(params) if self.symmetric else -params["zero"] * params["scale"]
+
     def pack(self, codes: Tensor, params: Params) -> Arrays:
         unsigned = codes.view(torch.uint8) - self.lowest if self.symmetric else codes  # bytes wrap around
         arrays = {"packed": pack_bits(unsigned, self.bits), "scale": params["scale"].to(self.scale_dtype)}

@@ -155,6 +155,11 @@ class Grouped(Format):
         return self.group != "tensor"
 
     @property
+    def span(self) -> Group:
+        """Neighbours whose params are fitted together: those of a group, or of several under a scale above theirs."""
+        return self.group
+
+    @property
     def suffix(self) -> str:
         """The group's part of the name: nothing for a row, the default."""
         match self.group:
@@ -176,6 +181,14 @@ class Grouped(Format):
     @abstractmethod
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         """Numbers (float32) of codes at params that broadcast to them."""
+
+    def scale_at(self, params: Params) -> Tensor:
+        """What a level is multiplied by, in the shape of the params."""
+        return params["scale"]
+
+    def offset_at(self, params: Params) -> Tensor:
+        """What is added to that product."""
+        return torch.zeros_like(self.scale_at(params))
 
     def fit(self, w: Tensor, importance: Tensor | None = None, *, search: bool = False) -> Params:
         self.check(tuple(w.shape))

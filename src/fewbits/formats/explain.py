@@ -1,7 +1,7 @@
 """A format taken apart, and one number's way through it: what `fewbits explain` shows.
 
 Nothing here knows a format by name. The layout comes from `cells`, the grid from `levels`, sizes from `arrays`, and the
-factor between levels and numbers from decoding the outermost codes at the params that `fit` chose.
+factor between levels and numbers from the params that `fit` chose.
 """
 
 from __future__ import annotations
@@ -132,12 +132,14 @@ def journey(value: float, format: Format, low: float | None = None, high: float 
         raise FormatError(f"range {low} … {high} is empty: give the lower end first")
     width = format.group if isinstance(format, Grouped) and isinstance(format.group, int) else 32
     group = torch.linspace(low, high, width, dtype=torch.float64)[None]
+    if isinstance(format, Grouped) and isinstance(format.span, int):
+        group = group.repeat(1, format.span // width)
     params = format.fit(group.float())
     codes = format.round(torch.full_like(group, value), params)
     decoded = float(format.decode(codes, params)[0, 0])
     if not math.isfinite(decoded):
         raise FormatError(f"{format.name}: {value:g} is beyond the largest number, {_largest(format):g}")
-    factor, offset = _line(format, codes, params)
+    factor, offset = _line(format, params)
     levels = format.levels
     return Journey(
         value=value,
@@ -196,30 +198,11 @@ def _largest_float(exponent_bits: int, mantissa_bits: int) -> float:
     return (2 - 2.0**-mantissa_bits) * 2.0 ** _bias(exponent_bits)
 
 
-def _line(format: Format, codes: Tensor, params: Params) -> tuple[float, float]:
-    """(factor, offset) with number = factor · level + offset, from the numbers that all codes stand for."""
-    if format.levels is None:
+def _line(format: Format, params: Params) -> tuple[float, float]:
+    """(factor, offset) with number = factor · level + offset."""
+    if not isinstance(format, Grouped) or format.levels is None:
         return 1.0, 0.0
-    every = _all_codes(format, codes.dtype).reshape(-1, 1, 1).expand(-1, *codes.shape).contiguous()
-    numbers = format.decode(every, params)[:, 0, 0].double()
-    numbers = numbers[numbers.isfinite()]
-    lowest, highest = float(format.levels[0]), float(format.levels[-1])
-    factor = float(numbers.max() - numbers.min()) / (highest - lowest)
-    if "offset" in params:
-        return factor, float(params["offset"].flatten()[0])
-    if "zero" in params:
-        return factor, -factor * float(params["zero"].flatten()[0])
-    # Lopsided levels, such as −8 … 7, show by the longer side whether the scale is negative.
-    mirrored = abs(float(numbers.max()) + factor * lowest) < abs(float(numbers.max()) - factor * highest)
-    return (-factor if mirrored else factor), 0.0
-
-
-def _all_codes(format: Format, dtype: torch.dtype) -> Tensor:
-    if set(format.cells) == {"T"}:
-        return torch.tensor([-1, 0, 1], dtype=dtype)
-    count = 1 << len(format.cells)
-    first = -count // 2 if dtype.is_signed else 0
-    return torch.arange(first, first + count).to(dtype)
+    return float(format.scale_at(params).flatten()[0]), float(format.offset_at(params).flatten()[0])
 
 
 def _nearest(levels: Tensor, x: float) -> float:

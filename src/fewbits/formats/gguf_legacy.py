@@ -143,6 +143,9 @@ class _Offset(_Nibbled):
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return codes.float().mul_(params["scale"]).add_(params["offset"])
 
+    def offset_at(self, params: Params) -> Tensor:
+        return params["offset"]
+
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return _stored(**{name: p * factor for name, p in params.items()})
 

@@ -13,7 +13,6 @@ Rounding is torch's own cast for FP8 (to nearest, ties to even) and the same rul
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -103,15 +102,11 @@ class _Fp4(Grouped):
     def levels(self) -> Tensor:
         return torch.tensor([-v for v in E2M1[:0:-1]] + list(E2M1))
 
-    @abstractmethod
-    def _effective(self, params: Params) -> Tensor:
-        """The factor from E2M1 values to weights."""
-
     def round_at(self, x: Tensor, params: Params) -> Tensor:
-        return _e2m1_codes(x * inverse(self._effective(params)))
+        return _e2m1_codes(x * inverse(self.scale_at(params)))
 
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
-        return _e2m1_values(codes).mul_(self._effective(params))
+        return _e2m1_values(codes).mul_(self.scale_at(params))
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,7 @@ class MxFp4(_Fp4):
         # A NaN or infinite peak must survive the cast to an integer, so that it is found and counted.
         return {"exponent": torch.where(peak.isfinite(), best["exponent"], peak)}
 
-    def _effective(self, params: Params) -> Tensor:
+    def scale_at(self, params: Params) -> Tensor:
         return torch.exp2(params["exponent"] - 127)
 
     def pack(self, codes: Tensor, params: Params) -> Arrays:
@@ -188,7 +183,7 @@ class NvFp4(_Fp4):
         best = self.least_error(x, candidates, importance) if search else candidates[0]
         return {"scale": torch.where(peak.isfinite(), best["scale"], peak), "global_scale": global_scale}
 
-    def _effective(self, params: Params) -> Tensor:
+    def scale_at(self, params: Params) -> Tensor:
         return params["scale"] / params["global_scale"]
 
     def rescaled(self, params: Params, factor: Tensor) -> Params:

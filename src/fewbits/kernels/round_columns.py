@@ -74,8 +74,9 @@ def _line(format: Grouped, params: Params) -> tuple[Tensor, Tensor]:
     like = like.expand(torch.broadcast_shapes(*(p.shape for p in params.values())))
     low, high = (format.decode_at(format.round_at(torch.full_like(like, far), params), params) for far in (-FAR, FAR))
     scale = (high - low) / (levels[-1] - levels[0])
-    if not _even(levels) and "scale" in params:  # in a table, unlike on an even grid, the direction matters
-        scale, low = scale.copysign(params["scale"]), torch.where(params["scale"] < 0, high, low)
+    if not _even(levels):  # in a table, unlike on an even grid, the direction matters
+        direction = format.scale_at(params)
+        scale, low = scale.copysign(direction), torch.where(direction < 0, high, low)
     return scale, low - levels[0] * scale
 
 

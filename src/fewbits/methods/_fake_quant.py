@@ -94,10 +94,11 @@ class Rounding(Rescaling):
 
     def __init__(self, w: Tensor, start: QTensor) -> None:
         super().__init__(start)
-        self._values = self.format.decode_at(self.choice.codes, per_number(start.params))
+        at = per_number(start.params)
+        self._values = self.format.decode_at(self.choice.codes, at)
         w = self.format.grouped(w.float())
-        low, high = _ends(self.format, start.params)
-        self._gap = _gaps(self.format, low, high, self._values, w)
+        low, high = _ends(self.format, at)
+        self._gap = _gaps(self.format, at, self._values, w)
         self._w = w.clamp(self._values - INSIDE * self._gap, self._values + INSIDE * self._gap)
         self._inside = self._w.where((w >= low) & (w <= high), 0.0)
         self._shift = torch.zeros_like(self._w)
@@ -129,10 +130,8 @@ def per_number(params: Params) -> Params:
 
 def _still(format: Grouped, params: Params) -> Tensor | None:
     """δ = 0 for every scale; None where the format does not let them move."""
-    scale = params.get("scale")
-    if scale is None or format.rescaled(params, torch.ones_like(scale)) is params:
-        return None
-    return torch.zeros_like(scale)
+    scale = format.scale_at(params)
+    return None if format.rescaled(params, torch.ones_like(scale)) is params else torch.zeros_like(scale)
 
 
 def _levelled(format: Format) -> Grouped:
@@ -143,23 +142,23 @@ def _levelled(format: Format) -> Grouped:
     return format
 
 
-def _gaps(format: Grouped, low: Tensor, high: Tensor, values: Tensor, w: Tensor) -> Tensor:
+def _gaps(format: Grouped, at: Params, values: Tensor, w: Tensor) -> Tensor:
     """From each value (grouped view) to the next level in w's direction; inward from the last one. Broadcasts to w."""
     assert format.levels is not None
     levels = format.levels.to(w.device)
-    unit = (high - low) / (levels[-1] - levels[0])
     gaps = levels.diff()
     if bool((gaps == gaps[0]).all()):
-        return unit * gaps[0]
-    # values / unit is a level but for rounding, so the nearest midpoints are far away
-    at = torch.searchsorted(levels[:-1] + gaps / 2, values / torch.where(unit > 0, unit, 1.0))
-    at -= (w < values).to(at.dtype)
-    return gaps[at.clamp_(0, len(gaps) - 1)] * unit
+        low, high = _ends(format, at)
+        return (high - low) / (levels[-1] - levels[0]) * gaps[0]
+    scale = format.scale_at(at)
+    # values / scale is a level but for rounding, so the nearest midpoints are far away
+    index = torch.searchsorted(levels[:-1] + gaps / 2, values / torch.where(scale != 0, scale, 1.0))
+    index -= ((w < values) ^ (scale < 0)).to(index.dtype)
+    return gaps[index.clamp_(0, len(gaps) - 1)] * scale.abs()
 
 
-def _ends(format: Grouped, params: Params) -> tuple[Tensor, Tensor]:
+def _ends(format: Grouped, at: Params) -> tuple[Tensor, Tensor]:
     """The least and the largest number of each group, by the format's own arithmetic; they broadcast to its view."""
-    at = per_number(params)
     like = max((p for p in at.values() if p.is_floating_point()), key=Tensor.numel)
     ends = [format.decode_at(format.round_at(torch.full_like(like, end), at), at) for end in (-1e30, 1e30)]
     return torch.minimum(*ends), torch.maximum(*ends)

@@ -118,13 +118,13 @@ class GPTQ(TensorMethod):
         self, matrices: Sequence[Tensor], format: Grouped, stats: Sequence[Mapping[str, Tensor]]
     ) -> list[QTensor]:
         """Matrices [N, K] under one Hessian."""
-        group = format.group if isinstance(format.group, int) else None
+        span = format.span if isinstance(format.span, int) else None
         hessian, width = stats[0]["hessian"].float(), matrices[0].shape[1]
         tokens = float(stats[0]["tokens"]) if "tokens" in stats[0] else math.inf
         heights = [len(w) for w in matrices]
         slab = max(1, self.slab // width) if format.rowwise and self.slab else sum(heights)
         done = list[QTensor]()
-        order, damping = solving_order(hessian.diagonal(), group), self.damping + SHRINKING * width / tokens
+        order, damping = solving_order(hessian.diagonal(), span), self.damping + SHRINKING * width / tokens
         with factored(hessian, order, damping) as (objective, factors):
             free = coefficients(objective, factors) if "drift" in stats[0] else 0.0
             for start in range(0, sum(heights), slab):
@@ -166,7 +166,7 @@ class Layer:
         self.objective = objective
         self.target = target
         self.error = torch.zeros_like(target)  # target − what the codes stand for, of what is rounded
-        self.grouped = isinstance(format.group, int) and format.rowwise
+        self.grouped = isinstance(format.span, int) and format.rowwise
         self.runs = [Run(part, objective.columns[part]) for part in reversed(self._parts())]
 
     def solve(self, factors: Factors) -> None:
@@ -184,7 +184,7 @@ class Layer:
 
     def sweep(self) -> None:
         """Coordinate descent: scales at fixed codes, then every column at fixed others."""
-        if not isinstance(self.format.group, int):
+        if not isinstance(self.format.span, int):
             self._rescale_all()
         for run in self.runs:
             rows = self.objective.rows(run.positions)  # of H, [C, K]
@@ -209,8 +209,8 @@ class Layer:
     def _parts(self) -> list[slice]:
         columns = self.objective.columns
         starts = list(range(0, len(columns), RUN))
-        if isinstance(self.format.group, int):
-            groups = columns // self.format.group
+        if isinstance(self.format.span, int):
+            groups = columns // self.format.span
             starts = [0, *((groups[1:] != groups[:-1]).nonzero().flatten() + 1).tolist()]
         return [slice(*bounds) for bounds in pairwise([*starts, len(columns)])]
 
@@ -257,7 +257,7 @@ class Layer:
         return self.format.decode_at(run.codes, self._of_columns(run, params))
 
     def _of_columns(self, run: Run, params: Params) -> Params:
-        columns = run.columns % self.format.group if self.grouped else run.columns  # type: ignore[operator]
+        columns = run.columns % self.format.span if self.grouped else run.columns  # type: ignore[operator]
         return at_positions(self.format, params, columns)
 
 

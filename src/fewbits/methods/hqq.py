@@ -65,7 +65,7 @@ class HQQ(TensorMethod):
             weights = format.ungrouped(self._weights(error), tuple(w.shape))
             found = format.fit(w, weights, search=True)
             tried = self._error(w, format, found)
-            better = _accepted(self._powers(tried) - self._powers(error), params)
+            better = _accepted(format, self._powers(tried) - self._powers(error), params)
             params = {key: torch.where(_like(better, p), found[key], p) for key, p in params.items()}
             error = torch.where(better.unsqueeze(-1), tried, error)
         return params
@@ -86,10 +86,13 @@ class HQQ(TensorMethod):
         return scaled.add_(SMOOTH**2).pow_(self.norm / 2 - 1)
 
 
-def _accepted(change: Tensor, params: Params) -> Tensor:
-    """Where params are taken: groups whose sum falls, or, if any param is not a group's own, matrices; as change."""
-    if any(p.shape != change.shape for p in params.values()):
+def _accepted(format: Grouped, change: Tensor, params: Params) -> Tensor:
+    """Where params are taken, by group as change: where the sum falls over all whose params are fitted together."""
+    if any(p.shape != change.shape for p in params.values()):  # a param of the whole matrix
         change = change.sum((-2, -1), keepdim=True).expand_as(change)
+    elif isinstance(format.span, int) and format.span != format.group:
+        each = format.span // int(format.group)
+        change = change.unflatten(-1, (-1, each)).sum(-1).repeat_interleave(each, dim=-1)
     return change < 0
 
 

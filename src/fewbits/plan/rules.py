@@ -145,7 +145,13 @@ class Rules:
 
 
 def narrowed(format: Format, in_features: int) -> list[Format]:
-    """The same format with a smaller group that divides in_features, largest first, then with one scale per row."""
+    """The same format with a smaller group that divides in_features, largest first, then with one scale per row.
+
+    Of GGUF's super-blocks of 256 the blocks of 32 that llama.cpp takes instead.
+    """
+    instead = getattr(format, "instead", None)
+    if instead is not None:
+        return [FORMATS[instead]]
     if not isinstance(format, Grouped) or not isinstance(format.group, int):
         return []
     plain = format.name.removesuffix("-bf16")
