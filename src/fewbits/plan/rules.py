@@ -5,8 +5,8 @@ The matrices of linear layers (and of experts) get the format that was asked for
 - norms, biases and routers stay as they are: together less than a thousandth of the weights, and each in the path of
   every token;
 - embeddings and the output projection stay as they are in a folder, whose loaders expect them so; in a GGUF file the
-  embeddings get the format asked for, and the projection to the vocabulary at least 8 bits, because its error goes
-  straight into the logits (llama.cpp's own presets do the same).
+  embeddings get the format asked for, and the projection to the vocabulary at least 8 bits, or 6 beside K-quants,
+  because its error goes straight into the logits (llama.cpp's own presets do the same).
 
 Where the file type cannot hold the format at a tensor's shape the rule narrows the group, then takes one scale per row,
 and where that cannot be either the tensor stays as it is. Each such exception carries its reason into the ledger.
@@ -22,6 +22,7 @@ import torch
 
 from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import FORMATS, Float, Format, Grouped, format_named
+from fewbits.formats._superblocks import SuperBlock
 
 Admits = Callable[[str, tuple[int, ...], Format], str | None]
 """Asks a file type whether it can hold (name, shape, format): None, or the sentence that says why not."""
@@ -118,9 +119,9 @@ class Rules:
             return self._fitting(tensor, self._scaled_for(tensor, self.vocabulary))
         if not self.gguf:
             return self._kept(tensor, f"{tensor.role}: loaders of folders expect it unquantized")
-        q8_0 = FORMATS["q8_0"]
-        if tensor.role == "output" and self.format.nbytes((1, 256)) < q8_0.nbytes((1, 256)):
-            choice = self._fitting(tensor, q8_0)
+        finest = FORMATS["q6_k" if isinstance(self.format, SuperBlock) else "q8_0"]
+        if tensor.role == "output" and self.format.nbytes((1, 256)) < finest.nbytes((1, 256)):
+            choice = self._fitting(tensor, finest)
             return replace(choice, reason=choice.reason or "output projection: its error goes straight into the logits")
         return self._fitting(tensor, self.format)
 
