@@ -30,7 +30,8 @@ def test_rows_that_are_no_super_blocks_get_blocks_of_32(format: str, instead: st
     assert choice(format, "linear", (8, 512)).format.name == format
     narrow = choice(format, "linear", (8, 352))
     assert narrow.format.name == instead
-    assert narrow.reason is not None and "352 is not a multiple of its block of 256" in narrow.reason
+    assert narrow.reason is not None
+    assert "352 is not a multiple of its block of 256" in narrow.reason
     assert choice(format, "linear", (8, 350)).format.name == "fp16"
 
 
