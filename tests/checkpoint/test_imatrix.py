@@ -89,9 +89,17 @@ def test_other_files_are_refused(tmp_path):
         read_imatrix(tmp_path / "model.gguf")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_imatrix(tmp_path / "missing.dat")
-    write_imatrix(tmp_path / "nan.gguf", ImportanceMatrix({"t": torch.tensor([float("nan")])}, 1, 1))
-    with pytest.raises(CheckpointError, match="NaN, Inf or negative"):
-        read_imatrix(tmp_path / "nan.gguf")
+    for bad in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(CheckpointError, match="NaN, Inf or negative"):
+            write_imatrix(tmp_path / "bad.gguf", ImportanceMatrix({"t": torch.tensor([bad])}, 1, 1))
+        (tmp_path / "bad.dat").write_bytes(struct.pack("<ii", 1, 1) + b"t" + struct.pack("<iif", 1, 1, bad))
+        with pytest.raises(CheckpointError, match="NaN, Inf or negative"):
+            read_imatrix(tmp_path / "bad.dat")
+    write_imatrix(tmp_path / "whole.gguf", ImportanceMatrix(matrices(), 1, 1))
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:-64])
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        read_imatrix(tmp_path / "cut.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.dat", "cut.gguf", "model.gguf", "whole.gguf"]
 
 
 @given(st.binary(max_size=200))

@@ -12,7 +12,7 @@ from training import draw, mlp
 from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import FORMATS, Affine, Format, Grouped, QTensor, format_named
 from fewbits.methods import METHODS, Block
-from fewbits.methods._fake_quant import Rescaling, Rounding, _ends, per_number
+from fewbits.methods._fake_quant import Rescaling, Rounding
 from fewbits.methods._windows import batches
 from fewbits.methods.gptq import GPTQ
 from fewbits.methods.products import product_type
@@ -96,10 +96,14 @@ def test_the_slope_of_a_scale_at_fixed_codes_is_the_derivative(name: str) -> Non
         params = format.rescaled(start.params, torch.full_like(format.scale_at(start.params), factor))
         values.append(format.grouped(format.decode(start.codes, params) * g).sum(-1))
     found = rescaling.slope(g)
-    # Scales of 16 bits are half a unit (2⁻¹¹) off, and so is an offset, which may nearly cancel with the rest.
-    reach = torch.maximum(*(end.abs() for end in _ends(format, per_number(start.params))))
-    size = (format.grouped(g.abs()) * 3 * reach).sum(-1)
-    assert torch.all(((values[0] - values[1]) / (2 * step) - found).abs() <= size * 2**-11 / step)
+    # Scales of 16 bits are half a unit off, 2⁻¹¹ or, of subnormal ones, 2⁻²⁵ in all; so are offsets stored apart.
+    least = min(float(p.abs().min()) for key, p in start.params.items() if key in ("factor", "minimum_factor", "scale"))
+    unit = max(2**-11, 2**-25 / least)
+    stored_apart = start.params.keys() & {"offset", "minimum_factor"}
+    offset = format.offset_at(start.params).unsqueeze(-1) if stored_apart else torch.zeros(())
+    parts = (format.grouped(start.dequantize()) - offset).abs() + offset.abs()
+    size = (parts * format.grouped(g).abs()).sum(-1)
+    assert torch.all(((values[0] - values[1]) / (2 * step) - found).abs() <= size * unit / step)
 
 
 @pytest.mark.parametrize("name", ["int4", "int3-asym", "nf4"])

@@ -11,6 +11,7 @@ token came to is unknown, and counts as 1 everywhere.
 
 from __future__ import annotations
 
+import secrets
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,12 +48,15 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
 
 
 def write_imatrix(path: Path, found: ImportanceMatrix) -> None:
-    """As GGUF, all or nothing. Raises OutputError where the file exists or the disk is full."""
+    """As GGUF, all or nothing.
+
+    Raises OutputError where the file exists or the disk is full, CheckpointError for NaN, Inf and negative numbers.
+    """
     refuse_existing(path)
     tokens = float(max(1, found.chunks * max(1, found.chunk)))
     arrays: dict[str, Tensor] = {}
-    for name in sorted(found.importance):
-        means = found.importance[name].float().reshape(-1, found.importance[name].shape[-1])
+    for name, each in sorted(found.importance.items()):
+        means = _checked(path, name, each.float().reshape(-1, each.shape[-1])).reshape(-1, each.shape[-1])
         arrays[name + SUMS] = means * tokens
         arrays[name + COUNTS] = torch.full((len(means), 1), tokens)
     infos, offset = [], 0
@@ -65,7 +69,7 @@ def write_imatrix(path: Path, found: ImportanceMatrix) -> None:
         "imatrix.chunk_count": found.chunks,
         "imatrix.chunk_size": max(1, found.chunk),
     }
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     try:
         with disk_errors(partial):
             with partial.open("wb") as file:
@@ -74,6 +78,7 @@ def write_imatrix(path: Path, found: ImportanceMatrix) -> None:
                     data = array.contiguous().numpy().astype("<f4").tobytes()
                     file.write(data + bytes(-len(data) % ALIGNMENT))
             flush(partial)
+            refuse_existing(path)
             partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -95,14 +100,12 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
                 "it is damaged"
             )
         counts = counts.reshape(-1, 1)
-        importance[name] = _checked(path, name, torch.where(counts > 0, sums / counts.clamp_min(1), 1.0))
-    metadata = reader.config
-    return ImportanceMatrix(
-        importance,
-        int(metadata.get("imatrix.chunk_count", 0)),
-        int(metadata.get("imatrix.chunk_size", 0)),
-        tuple(str(name) for name in metadata.get("imatrix.datasets", ())),
-    )
+        importance[name] = _checked(path, name, torch.where(counts > 0, sums / counts.where(counts > 0, 1.0), 1.0))
+    chunks, chunk = (reader.config.get(f"imatrix.{key}", 0) for key in ("chunk_count", "chunk_size"))
+    datasets = reader.config.get("imatrix.datasets", [])
+    if not (type(chunks) is type(chunk) is int and isinstance(datasets, list)):
+        raise CheckpointError(f"{path}: imatrix.chunk_count, chunk_size or datasets is of another type; it is damaged")
+    return ImportanceMatrix(importance, chunks, chunk, tuple(map(str, datasets)))
 
 
 def _read_dat(path: Path) -> ImportanceMatrix:

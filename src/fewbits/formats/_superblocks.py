@@ -176,7 +176,7 @@ class ScaledBlocks(SuperBlock):
 
 @dataclass(frozen=True)
 class EvenBlocks(ScaledBlocks):
-    """Whole numbers from −2^(bits−1). Codes are int8."""
+    """Whole numbers from −2^(bits−1), whose codes count from the lowest one (uint8)."""
 
     bits: ClassVar[int]
     group: int = 16

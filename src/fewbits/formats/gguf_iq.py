@@ -26,16 +26,8 @@ IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The sixteen levels (kvalues_iq4nl)."""
 
 
-@dataclass(frozen=True)
-class IQ4_XS(ScaledBlocks):
-    """Sixteen uneven levels. Codes are uint8."""
-
-    fields = (("d", 2), ("scales_h", 2), ("scales_l", 4), ("qs", 128))
-    ggml_type = 23
-    ggml_name = "IQ4_XS"
-    instead = "iq4_nl"
-    integers = (-32, 31)
-    summary = "GGUF: 4-bit codes of uneven levels, 6-bit scales for 32, a factor for 256"
+class _Uneven:
+    """What both are: one of sixteen levels."""
 
     @property
     def cells(self) -> str:
@@ -44,6 +36,18 @@ class IQ4_XS(ScaledBlocks):
     @property
     def levels(self) -> Tensor:
         return torch.tensor(IQ4, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class IQ4_XS(_Uneven, ScaledBlocks):
+    """Sixteen uneven levels. Codes are uint8."""
+
+    fields = (("d", 2), ("scales_h", 2), ("scales_l", 4), ("qs", 128))
+    ggml_type = 23
+    ggml_name = "IQ4_XS"
+    instead = "iq4_nl"
+    integers = (-32, 31)
+    summary = "GGUF: 4-bit codes of uneven levels, 6-bit scales for 32, a factor for 256"
 
     def nearest(self, t: Tensor) -> Tensor:
         return self.level_of(self.codes_of(t))
@@ -85,21 +89,13 @@ def _levels(codes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class IQ4_NL(Block):
+class IQ4_NL(_Uneven, Block):
     """Sixteen uneven levels and a scale. Codes are uint8; param: scale."""
 
     fields = (("d", 2), ("qs", 16))
     ggml_type = 20
     ggml_name = "IQ4_NL"
     summary = "GGUF: 32 codes of uneven levels and a scale"
-
-    @property
-    def cells(self) -> str:
-        return "IIII"
-
-    @property
-    def levels(self) -> Tensor:
-        return torch.tensor(IQ4, dtype=torch.float32)
 
     def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
         start = signed_peak(x) / IQ4[0]

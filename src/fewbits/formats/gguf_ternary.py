@@ -25,6 +25,7 @@ from fewbits.formats.base import Params
 from fewbits.formats.ternary import Ternary
 
 SPAN = 256
+NUMBERS = Ternary(group=SPAN)
 PARTS = ((0, 160, 5), (160, 240, 5), (240, 256, 4))  # first weight, end, trits a byte
 STEPS = 243  # 3⁵
 
@@ -37,23 +38,23 @@ class _TernaryBlock(Block):
 
     @property
     def cells(self) -> str:
-        return "T"
+        return NUMBERS.cells
 
     @property
     def levels(self) -> Tensor:
-        return torch.tensor([-1.0, 0.0, 1.0])
+        return NUMBERS.levels
 
     def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
-        return Ternary(group=SPAN).fit_groups(x, importance, search=search)
+        return NUMBERS.fit_groups(x, importance, search=search)
 
     def round_at(self, x: Tensor, params: Params) -> Tensor:
-        return (x * inverse(params["scale"])).round_().clamp_(-1, 1).to(torch.int8)
+        return NUMBERS.round_at(x, params)
 
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
-        return codes * params["scale"]
+        return NUMBERS.decode_at(codes, params)
 
     def rescaled(self, params: Params, factor: Tensor) -> Params:
-        return {"scale": (params["scale"] * factor).to(torch.float16).float()}
+        return NUMBERS.rescaled(params, factor)
 
     def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
         scale = x.abs().amax(-1)
