@@ -5,8 +5,8 @@
 x [T, K] is float32 or bfloat16, total float32 [K, K]; products of BF16 numbers are exact in float32, and summed in it.
 
 The compiled kernel (csrc/gram.cpp) is for BF16 on processors that multiply it (AVX-512 BF16): 1.3 to 1.9 T operations/s
-on two cores, counted as a whole product's, where float32 products of the same stripes reach 0.6 to 0.7. Everything else,
-and every other device, goes through the reference.
+on two cores, counted as a whole product's, where float32 products of the same stripes reach 0.6 to 0.7. Everything
+else, and every other device, goes through the reference.
 """
 
 from __future__ import annotations
