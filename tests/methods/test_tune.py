@@ -32,7 +32,7 @@ def model(format: str, windows: int = 16, dtype: torch.dtype = torch.float16) ->
     plan = dict.fromkeys(blocks[0].slots, format_named(format))
     tensors = [RoundToNearest().quantize_block(block, plan, {}) for block in blocks]
     free = [{"norm": dtype} for _ in blocks]
-    return Quantized(blocks, tensors, free, list(inputs), list(targets), lambda x: x @ HEAD.T)
+    return Quantized(blocks, tensors, free, list(inputs), list(targets), lambda x: x @ HEAD.T, lambda x: x @ HEAD.T)
 
 
 def divergence(model: Quantized, windows: list[int], numbers: list[dict[str, Tensor]], norms: list[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fewbits.errors import UnsupportedError
 from fewbits.formats import ActivationFormat, Format, QTensor
 
+ARRAYS, ARRAY_HEADER = 4, 120  # of an entry in safetensors files, at most; bytes of an array's line beside its name
 FOREIGN_PART = 1 << 22  # numbers that an independent decoder is asked for at a time
 
 
@@ -126,6 +127,14 @@ class Kind(ABC):
     @abstractmethod
     def admits(self, entry: Entry) -> str | None:
         """None if this kind can hold the entry exactly, else a sentence that says why not."""
+
+    def file_bytes(self, format: Format, shape: tuple[int, ...]) -> int:
+        """Bytes that a tensor takes in the file, padding included."""
+        return format.nbytes(shape)
+
+    def header_bytes(self, entries: Sequence[Entry], config: Mapping[str, Any]) -> int:
+        """Bytes of the files besides tensors; an upper bound, where they depend on the formats."""
+        return sum(ARRAYS * (len(entry.name.encode()) + ARRAY_HEADER) for entry in entries)
 
     @abstractmethod
     def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:

@@ -96,6 +96,13 @@ class Gguf(Kind):
             return f"{entry.name}: llama.cpp computes with vectors in fp32 only, not {entry.format}"
         return None
 
+    def file_bytes(self, format: Format, shape: tuple[int, ...]) -> int:
+        return padded(format.nbytes(shape), ALIGNMENT)
+
+    def header_bytes(self, entries: Sequence[Entry], config: Mapping[str, Any]) -> int:
+        header, _, _ = _layout(entries, {**config, **_file_facts(config, entries)})
+        return len(header)
+
     def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
         for entry in entries:
             trouble = self.admits(entry)

@@ -8,15 +8,21 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from fewbits.cli._print import count, number, progress_bar, size, table
+from fewbits.cli.plan import add_budget, budget_of
+from fewbits.errors import UnsupportedError
 from fewbits.results import CalibrationReport, Estimate, Quantization, TensorReport, Trial
 
 if TYPE_CHECKING:
+    from fewbits.cli._print import Progress
+    from fewbits.pipeline import Calibration
     from fewbits.pipeline._job import Job
+    from fewbits.plan.planned import Planned
 
 
 def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,7 +35,8 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("out", metavar="OUT", help="folder to make; a name ending in .gguf makes a GGUF file")
     parser.add_argument("--format", default="int4-g128", help="of the matrices (see `fewbits formats`)")
     parser.add_argument(
-        "--method", default="rtn", help="how codes are chosen (see `fewbits methods`); several are joined by +"
+        "--method",
+        help="how codes are chosen (see `fewbits methods`); several are joined by + (default rtn; a plan's own)",
     )
     parser.add_argument(
         "--inputs",
@@ -57,6 +64,10 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="llama.cpp's name of the pre-tokenizer, for a GGUF file whose tokenizer fewbits does not know",
     )
     parser.add_argument("--as", dest="kind", metavar="KIND", help="file type, where OUT and the format leave a choice")
+    planning = parser.add_argument_group("planning", "a format for each tensor, by what they cost and what there is")
+    planning.add_argument("--plan", type=Path, metavar="FILE", help="a plan that `fewbits plan` made")
+    add_budget(planning)
+    planning.add_argument("--target", choices=("gguf", "vllm", "cpu"), help="what will run it, for a budget")
     parser.add_argument("--minutes", type=float, help="that --method auto may take (default 30)")
     _add_calibration(parser.add_argument_group("calibration", "for methods that run the model on text"))
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores (%(default)s here)")
@@ -110,11 +121,13 @@ def run(args: argparse.Namespace) -> Quantization:
     )
 
     with progress_bar() as progress:
+        planned = _planned(args, calibration, progress)
         return quantize(
             args.model,
             args.out,
             format=args.format,
-            method=args.method,
+            method=args.method or (planned.method if planned else "rtn"),
+            plan=planned,
             minutes=args.minutes,
             calibration=calibration,
             weigh=args.calibration is not None,
@@ -129,6 +142,23 @@ def run(args: argparse.Namespace) -> Quantization:
             progress=progress,
             announce=announce,
         )
+
+
+def _planned(args: argparse.Namespace, calibration: Calibration, progress: Progress) -> Planned | None:
+    """The plan that was named, or the one that a budget asks for; None without either."""
+    from fewbits.pipeline import plan
+    from fewbits.plan.planned import read_plan
+
+    budget = any(value is not None for value in (args.size, args.bpw, args.memory, args.max_kld))
+    if args.plan is not None:
+        if budget:
+            raise UnsupportedError(f"--plan {args.plan} has a budget already; leave the other one out, or the plan")
+        return read_plan(args.plan)
+    if not budget:
+        return None
+    target = args.target or ("gguf" if args.out.endswith(".gguf") else "vllm")
+    method = args.method or "gptq"
+    return plan(args.model, budget_of(args), target=target, method=method, calibration=calibration, progress=progress)
 
 
 def _override(text: str) -> tuple[str, str]:

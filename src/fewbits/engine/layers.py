@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class LayeredModel:
         self._placements = placed
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._in_use = 0  # callers that need what lies outside of the layers
+        self._replaced: Mapping[str, Tensor] = {}  # parameters outside of the layers, by name
+        self._sources: dict[str, Tensor] = {}  # what they were, while they are in memory
         self._tuples = False  # whether this architecture's layers return tuples
 
     @property
@@ -140,6 +142,57 @@ class LayeredModel:
         finally:
             self.products = products
 
+    @property
+    def input_matrix(self) -> Tensor:
+        """The embeddings [vocab, H], within `outside`."""
+        return _weight(self._model.get_input_embeddings())
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """The projection to the vocabulary [vocab, H], within `outside`; the embeddings themselves where it is tied."""
+        return _weight(self._model.get_output_embeddings())
+
+    def uses(self, name: str) -> tuple[bool, bool]:
+        """Whether a parameter outside of the layers holds the embeddings, and whether it projects to the vocabulary."""
+        with self.outside():
+            parameter = self._model.get_parameter(name)
+            return parameter is self.input_matrix, parameter is self.output_matrix
+
+    def outer(self, name: str) -> Tensor:
+        """A parameter outside of the layers, a copy, float32."""
+        with self.outside():
+            return self._model.get_parameter(name).detach().clone()
+
+    def replace(self, name: str, value: Tensor) -> None:
+        """From now on a parameter outside of the layers is `value`, and so is whatever is tied to it."""
+        with self.outside():
+            self._put({**self._replaced, name: value})
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it, these parameters outside of the layers are replaced, and no others."""
+        with self.outside():
+            before = self._replaced
+            self._put(values)
+            try:
+                yield
+            finally:
+                self._put(before)
+
+    def original(self) -> AbstractContextManager[None]:
+        """Within it, what lies outside of the layers is as in the source."""
+        return self.replaced({})
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        """Let parameters outside of the layers, which are in memory, be the source's but for these."""
+        for name, source in self._sources.items():
+            self._model.get_parameter(name).data = source
+        self._sources.clear()
+        self._replaced = {name: value.to(self.device, torch.float32) for name, value in values.items()}
+        for name, value in self._replaced.items():
+            parameter = self._model.get_parameter(name)
+            self._sources[name], parameter.data = parameter.data, value
+
     def logits(self, x: Tensor) -> Tensor:
         """The model's predictions, float32 [B, T, vocab], from what the last layer returned [B, T, H]."""
         stub = self._returning(lambda _: x)
@@ -154,12 +207,14 @@ class LayeredModel:
         if self._in_use == 0:
             self._fill(lambda name: self.layer_of(name) is None)
             self._outside_to_device()
+            self._put(self._replaced)
         self._in_use += 1
         try:
             yield
         finally:
             self._in_use -= 1
             if self._in_use == 0:
+                self._sources.clear()
                 self._drop_outside()
 
     def _returning(self, function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
@@ -251,6 +306,11 @@ class LayeredModel:
         if leaf in module._parameters:
             shape = self._expected[name]
             module._parameters[leaf] = nn.Parameter(torch.empty_like(shape, device="meta"), requires_grad=False)
+
+
+def _weight(module: Any) -> Tensor:
+    weight: Tensor = module.weight
+    return weight
 
 
 class _Enough(Exception):  # noqa: N818  # no error: it only ends a run

@@ -133,7 +133,8 @@ class Quantized:
     shape is used; the others are as the transforms left them. tensors: of each block, by the names of its matrices.
     free: of each block, parameters that may be changed, and the type that each is written in.
     inputs: what the first block reads, windows [T, H]; targets: what the *original's* last block returns for them.
-    logits: predictions [B, T, vocab] made of what the last block returns [B, T, H], differentiable.
+    logits: predictions [B, T, vocab] made of what the last block returns [B, T, H], differentiable; originals: those
+    that the original makes of what its own last block returns.
     """
 
     blocks: Sequence[Block]
@@ -142,6 +143,7 @@ class Quantized:
     inputs: States
     targets: States
     logits: Callable[[Tensor], Tensor]
+    originals: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -154,7 +154,8 @@ class Student:
         target = self._blocks[0].block.batch(self._model.targets, [window])
         with torch.set_grad_enabled(slope), products_in(self._dtype if slope else torch.float32, target.device):
             x = x.detach().requires_grad_(slope)
-            p, q = (self._model.logits(states).float().log_softmax(-1) for states in (target, x))
+            p = self._model.originals(target).float().log_softmax(-1)
+            q = self._model.logits(x).float().log_softmax(-1)
             divergence = (p.exp() * (p - q)).sum(-1).mean()
             return float(divergence.detach()), torch.autograd.grad(divergence, x)[0] if slope else x
 

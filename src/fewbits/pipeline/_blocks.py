@@ -67,15 +67,16 @@ class Rounded:
 class Work:
     """What the blocks are made from and of.
 
-    formats: matrix of the output -> its format, of those inside blocks; shapes: the same matrices -> [out_features,
-    in_features]; slots: -> where they lie in the running model. dtypes: parameter of the running model -> the type that
-    it is written in.
+    formats: matrix of the output -> its format; shapes: the same matrices -> [out_features, in_features]; slots: those
+    inside blocks -> where they lie in the running model; vocabulary: the same for embeddings and projection to the
+    vocabulary. dtypes: parameter of the running model -> the type that it is written in.
     """
 
     model: LayeredModel
     recipe: Recipe
     formats: Mapping[str, Format]
     slots: Mapping[str, Slot]
+    vocabulary: Mapping[str, Slot] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     rounded: Rounded = field(default_factory=Rounded)

@@ -30,6 +30,7 @@ from fewbits.pipeline._journal import Journal, unfinished
 from fewbits.pipeline._memory import give_back_free_memory
 from fewbits.pipeline._solved import Overlay, Solved
 from fewbits.pipeline._streams import Streams
+from fewbits.pipeline._vocabulary import VOCABULARY, put_vocabulary
 from fewbits.results import CalibrationReport, Estimate
 
 Progress = Callable[[int, int, str], None]
@@ -137,7 +138,7 @@ class Run:
         """The job with its blocks taken from here."""
         changed = {self.ready.entries[name]: value for name, value in self.journal.changed(self.stage).items()}
         reader = Overlay(job.reader, changed) if changed else job.reader
-        solved = Solved(self.journal, self.stage, transformed=bool(job.recipe.transforms))
+        solved = Solved(self.journal, (VOCABULARY, self.stage), transformed=bool(job.recipe.transforms))
         return replace(job, solved=solved, reader=reader, calibrated=self.ready.report(self.divergence))
 
 
@@ -162,6 +163,7 @@ def solving(job: Job, ready: Ready, progress: Progress | None, folder: Path | No
     work = ready.work
     steps = len(work.model.layers) * (1 + len(work.recipe.finishers))
     with Journal(folder or unfinished(job.out), ready.facts(job), work.formats) as journal:
+        put_vocabulary(work, ready.windows.ids, journal, ready.calibration.memory)
         streams = Streams(
             work.model,
             ready.windows.ids,
@@ -172,8 +174,8 @@ def solving(job: Job, ready: Ready, progress: Progress | None, folder: Path | No
         )
         try:
             guard = None
-            if streams.held is not None:
-                guard = Guard(work.model, streams.held, ready.calibration.limit, streams.batch)
+            if ready.held is not None and streams.held is not None:
+                guard = Guard(work.model, ready.held.ids, streams.held, ready.calibration.limit, streams.batch)
             finished = journal.finished(SOLVED)
             for index, layer in enumerate(work.model.layers):
                 if progress:
@@ -198,23 +200,26 @@ def make_work(job: Job, calibration: Calibration) -> tuple[Work, dict[str, str]]
     reader, plan = job.reader, job.plan
     model = LayeredModel(reader, calibration.device)
     places = model.slots()
-    slots: dict[str, Slot] = {}
+    slots, vocabulary = dict[str, Slot](), dict[str, Slot]()
     for piece in job.pieces:
         slot = places.get(piece.source)
-        if slot is not None and model.layer_of(slot.parameter) is not None and plan[piece.name].quantized:
+        if slot is None or not plan[piece.name].quantized:
+            continue
+        if model.layer_of(slot.parameter) is not None:
             slots[piece.name] = slot.narrowed(piece)
+        elif any(model.uses(slot.parameter)):
+            vocabulary[piece.name] = slot.narrowed(piece)
     if not slots:
         raise UnsupportedError(
             f"{reader.path}: no matrix that is to be quantized lies in a decoder layer; use rtn, which needs no blocks"
         )
     entries = {slot.parameter: name for name, slot in places.items() if slot == Slot(slot.parameter)}
     dtypes = {parameter: _dtype(job, name) for parameter, name in entries.items()}
-    formats = {name: plan[name].format for name in slots}
-    shapes = {piece.name: piece.shape for piece in job.pieces if piece.name in slots}
-    model.products = product_type(formats.values(), model.device)
-    return Work(
-        model, job.recipe, formats, slots, shapes, dtypes, replace(job.rounded, observer=calibration.observer)
-    ), entries
+    formats = {name: plan[name].format for name in (*slots, *vocabulary)}
+    shapes = {piece.name: piece.shape for piece in job.pieces if piece.name in formats}
+    model.products = product_type((formats[name] for name in slots), model.device)
+    rounded = replace(job.rounded, observer=calibration.observer)
+    return Work(model, job.recipe, formats, slots, vocabulary, shapes, dtypes, rounded), entries
 
 
 def _dtype(job: Job, name: str) -> torch.dtype:

@@ -7,6 +7,7 @@ in front of the first block and behind the original's last one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +41,9 @@ def finish_blocks(
     solved = [journal.load(stage, index) for index in range(count)]
     files = [None if folder is None else folder / f"{name}.states" for name in ("inputs", "targets")]
     with work.model.outside():
-        inputs, targets = (embedded(work.model, ids, BATCH, file) for file in files)
+        inputs = embedded(work.model, ids, BATCH, files[0])
+        with work.model.original():
+            targets = embedded(work.model, ids, BATCH, files[1])
         for index in range(count):
             work.model.load(index)
             _advance(work.model, index, targets)
@@ -53,6 +56,7 @@ def finish_blocks(
             inputs=inputs,
             targets=targets,
             logits=work.model.logits,
+            originals=partial(_original_logits, work.model),
         )
         finished = finisher.finish(model)
         for index in range(count):
@@ -62,6 +66,11 @@ def finish_blocks(
     for index, found in enumerate(solved):
         journal.save(made, index, _merged(work, index, found, finished))
     return made
+
+
+def _original_logits(model: LayeredModel, x: Tensor) -> Tensor:
+    with model.original():
+        return model.logits(x)
 
 
 def _without_matrices(work: Work, index: int, solved: SolvedBlock) -> Block:

@@ -18,6 +18,7 @@ from fewbits.engine import LayeredModel
 from fewbits.errors import QualityError
 from fewbits.evals import kl_divergence
 from fewbits.pipeline._activations import Activations
+from fewbits.pipeline._streams import embedded
 
 CHECKS = 4  # over the whole model
 BATCH = 8  # windows that are copied at once
@@ -30,13 +31,15 @@ Redo = Callable[[int, Activations], None]
 class Guard:
     """Compares predictions on held-out windows with the original's; the limit is in nats per token.
 
-    Made before the first block is quantized: `held` is what that block reads of the windows, and is left as it is.
+    Made before the first block is quantized: `held` is what that block reads of windows ids [n, T], and is left as it
+    is.
     """
 
-    def __init__(self, model: LayeredModel, held: Activations, limit: float, batch: int) -> None:
+    def __init__(self, model: LayeredModel, ids: Tensor, held: Activations, limit: float, batch: int) -> None:
         self._model, self._limit, self._batch = model, limit, batch
         self._passed, self._last = copied(held), -1  # the stream at the last check, and the block before it
-        self._original = self._rest(held, -1)
+        with model.original():
+            self._original = self._rest(embedded(model, ids, batch), -1)
         self.divergence = 0.0  # at the last check
 
     def check(self, index: int, held: Activations, redo: Redo) -> None:
@@ -79,8 +82,9 @@ class Guard:
         with self._model.outside():
             for start, ours in stream.batches(1):
                 theirs = self._original.span(start, start + 1)
-                logits = [self._model.logits(x.to(self._model.device))[0, :-1] for x in (theirs, ours)]
-                parts.append(kl_divergence(*logits))
+                with self._model.original():
+                    wanted = self._model.logits(theirs.to(self._model.device))[0, :-1]
+                parts.append(kl_divergence(wanted, self._model.logits(ours.to(self._model.device))[0, :-1]))
         return float(torch.cat(parts).mean())
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Job:
     architecture: Architecture
     kind: Kind
     pieces: tuple[Piece, ...]
+    rules: Rules
     plan: Plan
     entries: tuple[Entry, ...]
     metadata: Mapping[str, Any]
@@ -71,8 +72,9 @@ def prepare(
     pretokenizer: str | None,
     inputs: str | None,
     cache: str | None,
+    planned: Mapping[str, Format] | None = None,
 ) -> Job:
-    """Open the source and decide every tensor's fate; nothing is written."""
+    """Open the source and decide every tensor's fate; nothing is written. planned: tensor -> format, of a plan."""
     source, out = local_folder(model), Path(out)
     reader = open_source(source)
     wanted = parse(format)
@@ -92,8 +94,9 @@ def prepare(
         vocabulary=None if vocabulary is None else parse(vocabulary),
         overrides=tuple((p, None if f == "keep" else parse(f)) for p, f in (overrides or {}).items()),
         gguf=target.name == "gguf",
+        planned=planned,
     )
-    plan = rules.plan([PlanTensor(p.name, p.role.value, p.shape, dtype_of(reader, p.source)) for p in pieces])
+    plan = rules.plan(planned_for(pieces, reader))
     metadata, extras, dropped = reader.config, dict[str, tuple[float, ...]](), dict[str, str]()
     if target.name == "gguf":
         metadata, extras = gguf_metadata(reader.config, source, pre=pretokenizer), gguf_extras(reader.config)
@@ -113,6 +116,7 @@ def prepare(
         architecture=architecture,
         kind=target,
         pieces=pieces,
+        rules=rules,
         plan=plan,
         entries=entries,
         metadata=metadata,
@@ -123,6 +127,11 @@ def prepare(
         rounded=rounded,
         scales=scales,
     )
+
+
+def planned_for(pieces: Sequence[Piece], reader: Reader) -> list[PlanTensor]:
+    """The tensors of the output, as rules see them."""
+    return [PlanTensor(p.name, p.role.value, p.shape, dtype_of(reader, p.source)) for p in pieces]
 
 
 def _entry(piece: Piece, plan: Plan, kind: Kind, rounding: ActivationFormat | None) -> Entry:

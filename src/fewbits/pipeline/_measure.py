@@ -36,9 +36,7 @@ def measure(
             collector.originals = _originals(block, streams, start, len(states), move=last)
         with suppress(AllSeen), collector:
             _call(block, states, behind)
-    sites, drifts = collector.statistics(), collector.drifts()
-    pooled = _pooled(sites)
-    found = {name: _of_slot(slot, block, sites, pooled) for name, slot in block.slots.items()}
+    found, drifts = of_slots(block, collector.statistics()), collector.drifts()
     for name, slot in block.slots.items():
         for key, value in drifts.get(Site(slot.parameter), {}).items():
             found[name][key] = slot.take(value)
@@ -83,14 +81,22 @@ def _call(block: Block, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     return block.call(x.to(block.device), parameters)
 
 
-def measured(block: Block, needs: Sequence[str], tokens: int) -> Collector:
-    """What collects statistics of the inputs of the block's matrices, of about so many tokens."""
-    return Collector(watched(block), needs, tokens=tokens, stop=True)
+def measured(block: Block, needs: Sequence[str], tokens: int, *, stop: bool = True) -> Collector:
+    """What collects statistics of the inputs of the block's matrices, of about so many tokens; stop: and ends a run
+    once it has.
+    """
+    return Collector(watched(block), needs, tokens=tokens, stop=stop)
 
 
 def watched(block: Block) -> dict[str, Tensor]:
     """The parameters that its matrices lie in."""
     return {slot.parameter: block.parameters[slot.parameter] for slot in block.slots.values()}
+
+
+def of_slots(block: Block, sites: Mapping[Site, InputStatistics]) -> dict[str, dict[str, Tensor]]:
+    """Statistics of what each matrix of the block reads."""
+    pooled = _pooled(sites)
+    return {name: _of_slot(slot, block, sites, pooled) for name, slot in block.slots.items()}
 
 
 def _of_slot(

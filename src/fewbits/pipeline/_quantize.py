@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fewbits.engine import fast_float32
 from fewbits.errors import UnsupportedError, VerificationError
-from fewbits.formats import Format
+from fewbits.formats import Format, Grouped
 from fewbits.methods import Recipe
 from fewbits.methods.auto import Auto
 from fewbits.pipeline._auto import solve_auto
@@ -23,7 +23,9 @@ from fewbits.pipeline._estimate import check_room, estimate, source_bytes
 from fewbits.pipeline._job import Job, prepare
 from fewbits.pipeline._stream import PART, Progress, run
 from fewbits.pipeline._verify import verify
+from fewbits.plan.planned import Planned
 from fewbits.plan.rules import parse
+from fewbits.plan.targets import target_named
 from fewbits.results import Estimate, Quantization
 
 BAR = 10_000  # steps of the progress bar
@@ -43,6 +45,7 @@ def quantize(
     kind: str | None = None,
     vocabulary: str | Format | None = None,
     overrides: Mapping[str, str | Format] | None = None,
+    plan: Planned | None = None,
     pretokenizer: str | None = None,
     prove: bool = True,
     threads: int | None = None,
@@ -60,12 +63,17 @@ def quantize(
     inputs: what the inputs of linear layers are rounded to as the model runs (`int8-token`, `fp8-static` …; see
     `formats.ACTIVATIONS`); cache: `int8` or `fp8` for keys and values.
     overrides: regular expression -> format (or "keep"), for tensors of the output whose name it is found in.
+    plan: a plan that was made for this model (`fewbits.plan`), which says each tensor's format instead of `format` and
+    `vocabulary`, and the kind.
     kind: a name from `checkpoint.KINDS`, by default the first that holds the format. pretokenizer: llama.cpp's name
     of a pre-tokenizer that fewbits does not know (GGUF only). prove: reopen the files with an independent decoder and
     compare every tensor. progress: called with (done, total, label), one bar for all. announce: called with the
     estimate before anything is written.
     Raises a FewbitsError; then nothing is left at `out`.
     """
+    if plan is not None:
+        kind = kind or target_named(plan.target).kind
+        format = max(plan.tensors().values(), key=lambda each: isinstance(each, Grouped))
     auto, first = automatic(method, minutes)
     make = partial(
         prepare,
@@ -78,6 +86,7 @@ def quantize(
         pretokenizer=pretokenizer,
         inputs=inputs,
         cache=cache,
+        planned=None if plan is None else plan.tensors(),
     )
     job = make(method=first)
     began = time.monotonic()
@@ -105,7 +114,7 @@ def quantize(
         source=str(job.source),
         output=str(job.out),
         kind=job.kind.name,
-        format=parse(format).name,
+        format=parse(format).name if plan is None else f"as planned for {plan.target}",
         method=job.method_name,
         source_bytes=source_bytes(job.reader),
         output_bytes=output_bytes(job.out),

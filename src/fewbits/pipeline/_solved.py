@@ -1,8 +1,8 @@
-"""What came out of the blocks, as the rest of the pipeline sees it: matrices that are ready, and a changed source."""
+"""What was solved on calibration text, as the rest of the pipeline sees it: ready matrices, and a changed source."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -35,19 +35,22 @@ def rewritten(reader: Reader, name: str) -> bool:
 
 
 class Solved:
-    """The matrices that blocks were solved for, read back from the journal as they are asked for."""
+    """The matrices that were solved on calibration text, read back from the journal's stages as they are asked for."""
 
-    def __init__(self, journal: Journal, stage: str, *, transformed: bool) -> None:
-        self._journal, self._stage = journal, stage
-        self._index = journal.index(stage)
+    def __init__(self, journal: Journal, stages: Sequence[str], *, transformed: bool) -> None:
+        self._journal = journal
+        self._places = {
+            name: (stage, index, error) for stage in stages for name, (index, error) in journal.index(stage).items()
+        }
         self.transformed = transformed
-        self.scales = journal.scales(stage)
+        self.scales = {name: scale for stage in stages for name, scale in journal.scales(stage).items()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._index
+        return name in self._places
 
     def error(self, name: str) -> float:
-        return self._index[name][1]
+        return self._places[name][2]
 
     def read(self, name: str, rows: slice | None = None) -> QTensor:
-        return self._journal.read(self._stage, self._index[name][0], name, rows)
+        stage, index, _ = self._places[name]
+        return self._journal.read(stage, index, name, rows)

@@ -27,8 +27,9 @@ class Streams:
         files = [folder / f"{name}.states" if spill else None for name in ("quantized", "original")]
         with model.outside():
             self.quantized = embedded(model, ids, self.batch, files[0])
-            self.original = embedded(model, ids, self.batch, files[1]) if original else None
             self.held = None if held is None else embedded(model, held, self.batch)
+        with model.original():
+            self.original = embedded(model, ids, self.batch, files[1]) if original else None
 
     def close(self) -> None:
         """Free everything, on disk too."""

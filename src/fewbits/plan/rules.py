@@ -15,7 +15,7 @@ and where that cannot be either the tensor stays as it is. Each such exception c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,7 +62,8 @@ class Rules:
 
     format: for the matrices. vocabulary: for embeddings and output projection, None for the file type's own rule.
     overrides: (regular expression, format) for tensors of the output whose name it is found in, before any other rule;
-    None as format keeps them. gguf: whether the output is a GGUF file (one-dimensional tensors in FP32, embeddings
+    None as format keeps them. planned: tensor -> format, of a plan that was made before; then every matrix must be in
+    it. gguf: whether the output is a GGUF file (one-dimensional tensors in FP32, embeddings
     quantized).
     """
 
@@ -71,6 +72,7 @@ class Rules:
     vocabulary: Format | None = None
     overrides: tuple[tuple[str, Format | None], ...] = ()
     gguf: bool = False
+    planned: Mapping[str, Format] | None = None
 
     def plan(self, tensors: Sequence[Tensor]) -> Plan:
         """A choice for every tensor. Raises UnsupportedError if no matrix at all could be quantized as was asked."""
@@ -79,6 +81,8 @@ class Rules:
                 raise UnsupportedError(
                     f"override '{pattern}' matches no tensor of the output; the first is {tensors[0].name}"
                 )
+        if self.planned is not None:
+            _require_same_model(self.planned, tensors)
         plan = {tensor.name: self.choose(tensor) for tensor in tensors}
         matrices = [plan[tensor.name] for tensor in tensors if tensor.role in MATRICES]
         if not isinstance(self.format, Float) and not any(choice.quantized for choice in matrices):
@@ -94,6 +98,8 @@ class Rules:
         for pattern, format in self.overrides:
             if re.search(pattern, tensor.name):
                 return self._asked(tensor, pattern, format)
+        if self.planned is not None and tensor.name in self.planned:
+            return self._as_planned(tensor, self.planned[tensor.name])
         if isinstance(self.format, Float):
             return Choice(Float(torch.float32) if self._one_dimensional(tensor) else self.format)
         if tensor.role in MATRICES:
@@ -107,6 +113,12 @@ class Rules:
             return self._kept(tensor, f"asked for by override '{pattern}'")
         choice = self._fitting(tensor, self._scaled_for(tensor, format))
         return replace(choice, reason=choice.reason or f"asked for by override '{pattern}'")
+
+    def _as_planned(self, tensor: Tensor, format: Format) -> Choice:
+        refusal = self._refusal(tensor, format)
+        if refusal is not None:
+            raise UnsupportedError(f"the plan wants {tensor.name} in {format}: {refusal}; make a plan for this target")
+        return Choice(format, "as planned")
 
     def _one_dimensional(self, tensor: Tensor) -> bool:
         return self.gguf and len(tensor.shape) < 2
@@ -143,6 +155,17 @@ class Rules:
         except FormatError as error:
             return str(error)
         return self.admits(tensor.name, tensor.shape, format)
+
+
+def _require_same_model(planned: Mapping[str, Format], tensors: Sequence[Tensor]) -> None:
+    matrices = {tensor.name for tensor in tensors if tensor.role in MATRICES}
+    missing, unknown = sorted(matrices - planned.keys()), sorted(planned.keys() - {tensor.name for tensor in tensors})
+    if missing or unknown:
+        name, where = (missing[0], "is not in the plan") if missing else (unknown[0], "is in the plan only")
+        raise UnsupportedError(
+            f"the plan is for another model or file type: {name} {where} ({len(missing)} tensors of the model are not "
+            f"planned for, {len(unknown)} planned ones are not in the model); make a plan for this model and target"
+        )
 
 
 def narrowed(format: Format, in_features: int) -> list[Format]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fewbits.stats.collect import Collector, InputStatistics
+from fewbits.stats.curvature import Curvature, CurvatureCollector, CurvatureSums
 from fewbits.stats.observers import OBSERVERS, Observer, observer_named
 from fewbits.stats.watch import AllSeen, OrderOfUse, Recorder, Site
 
@@ -10,6 +11,9 @@ __all__ = [
     "OBSERVERS",
     "AllSeen",
     "Collector",
+    "Curvature",
+    "CurvatureCollector",
+    "CurvatureSums",
     "InputStatistics",
     "Observer",
     "OrderOfUse",

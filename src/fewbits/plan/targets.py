@@ -1,0 +1,74 @@
+"""What the engine that will run a model asks of its file: formats to choose from, tensors that must share one.
+
+Engines multiply queries, keys and values in one product, and gates and ups in another, where they can; then the
+matrices of each have to be in one format. llama.cpp does not, and takes a type for each tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fewbits.errors import UnsupportedError
+
+FUSED = (
+    (re.compile(r"\.experts\.\d+\.\w+"), ".experts"),  # one scheme for all experts of a layer
+    (re.compile(r"\.[qkv]_proj\b"), ".qkv_proj"),
+    (re.compile(r"\.(gate|up)_proj\b"), ".gate_up_proj"),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One engine. kind: of checkpoint. candidates: names of formats, smallest first; a matrix may be kept besides.
+    vocabulary: whether embeddings and output projection are chosen for too. fused: whether what is multiplied together
+    must be in one format.
+    """
+
+    name: str
+    summary: str
+    kind: str
+    candidates: tuple[str, ...]
+    vocabulary: bool
+    fused: bool
+
+    def unit_of(self, tensor: str) -> str:
+        """The unit that a tensor belongs to."""
+        if self.fused:
+            for pattern, together in FUSED:
+                tensor = pattern.sub(together, tensor)
+        return tensor
+
+
+K_QUANTS = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target
+    for target in (
+        Target("gguf", "one GGUF file for llama.cpp and its kin", "gguf", K_QUANTS, vocabulary=True, fused=False),
+        Target(
+            "vllm",
+            "a compressed-tensors folder for vLLM, whose kernels take 4 and 8 bits",
+            "compressed-tensors",
+            ("int4-g128", "int4-g32", "int8-g128"),
+            vocabulary=False,
+            fused=True,
+        ),
+        Target(
+            "cpu",
+            "a folder for fewbits' own engine, which takes 2 to 8 bits",
+            "fewbits",
+            ("int2-g32", "int3-g128", "int3-g32", "int4-g128", "int4-g32", "int5-g32", "int6-g32", "int8-g128"),
+            vocabulary=True,
+            fused=True,
+        ),
+    )
+}
+
+
+def target_named(name: str) -> Target:
+    """Raises UnsupportedError for an unknown one."""
+    if name not in TARGETS:
+        raise UnsupportedError(f"target '{name}' is not known; choose one of {', '.join(TARGETS)}")
+    return TARGETS[name]
