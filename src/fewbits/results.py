@@ -141,6 +141,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class FrontierPoint:
+    """A quantized model in a figure of size against divergence (nats per token, the mean).
+
+    kind: a plan of fewbits', one of llama.cpp's presets, or what another program made. measured: or else predicted.
+    """
+
+    name: str
+    nbytes: int
+    divergence: float
+    kind: Literal["plan", "preset", "peer"]
+    measured: bool
+
+
+@dataclass(frozen=True)
 class Verification:
     """What `fewbits.verify` proved about an output.
 

@@ -34,7 +34,7 @@ class Block(Grouped):
     ggml_name: ClassVar[str]
     """The type's name there, such as Q4_0."""
     instead: ClassVar[str | None] = None
-    """The format that llama.cpp takes for rows that are no whole blocks of this one."""
+    """The format taken for rows that are no whole blocks of this one."""
 
     @property
     def name(self) -> str:

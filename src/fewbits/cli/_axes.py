@@ -1,0 +1,79 @@
+"""The axes of a figure of size against divergence: where they begin and end, and what is written at them.
+
+Both end at round numbers, so a figure needs no more than its ticks to be read, and all of its points lie inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fewbits.cli._print import number
+from fewbits.errors import FewbitsError
+from fewbits.results import FrontierPoint
+
+UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis shows, where it begins and ends, and what is written at it: value -> text."""
+
+    label: str
+    low: float
+    high: float
+    ticks: Mapping[float, str]
+    logarithmic: bool = False
+
+    def at(self, value: float) -> float:
+        """Where a value lies, from 0 at the low end to 1 at the high one."""
+        if self.logarithmic:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+def axes_of(points: Sequence[FrontierPoint], across: int, up: int) -> tuple[Axis, Axis]:
+    """The axis of sizes and that of divergences, with about so many ticks."""
+    if not points:
+        raise FewbitsError("there are no points to draw; a figure needs at least one")
+    for point in points:
+        for what, value in (("divergence", point.divergence), ("size", point.nbytes)):
+            if not (math.isfinite(value) and value > 0):
+                raise FewbitsError(f"point {point.name}: its {what} is {value}, which must be above 0; leave it out")
+    return _size_axis([p.nbytes for p in points], across), _divergence_axis([p.divergence for p in points], up)
+
+
+def _size_axis(sizes: Sequence[int], about: int) -> Axis:
+    unit = next(name for name, factor in UNITS.items() if max(sizes) >= factor)
+    low, high = min(sizes) / UNITS[unit], max(sizes) / UNITS[unit]
+    margin = 0.04 * (high - low) or 0.1 * low
+    step = _round_step((high - low + 2 * margin) / about)
+    first, last = math.floor((low - margin) / step), math.ceil((high + margin) / step)
+    ticks = [i * step for i in range(max(first, 0), last + 1)]
+    written = {tick * UNITS[unit]: number(tick, 6) for tick in ticks}
+    return Axis(f"size, {unit}", min(written), max(written), written)
+
+
+def _round_step(least: float) -> float:
+    """The smallest of … 1, 2, 5, 10, 20 … that is no smaller."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least)
+
+
+def _divergence_axis(divergences: Sequence[float], about: int) -> Axis:
+    """Ticks are 1, 2 and 5 times powers of ten, or fewer of them where that would be too many."""
+    every = _log_ticks(min(divergences) / 1.15, max(divergences) * 1.15, (1, 2, 5))
+    low, high = every[0], every[-1]
+    coarser = [[tick for tick in _log_ticks(low, high, some) if low <= tick <= high] for some in ((1, 3), (1,))]
+    ticks = next((some for some in (every, *coarser) if len(some) <= about), coarser[-1])
+    written = {tick: number(tick) for tick in ticks}
+    return Axis("divergence from the original, nats per token", low, high, written, logarithmic=True)
+
+
+def _log_ticks(low: float, high: float, factors: Sequence[int]) -> list[float]:
+    """These multiples of powers of ten, from the last that is not above `low` to the first not below `high`."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = [float(f"{factor}e{power}") for power in powers for factor in factors]
+    first, last = max(tick for tick in every if tick <= low), min(tick for tick in every if tick >= high)
+    return [tick for tick in every if first <= tick <= last]
