@@ -18,6 +18,7 @@ from fewbits.methods import METHODS, Recipe, TensorMethod, recipe_named
 from fewbits.methods.rotate import Rotate
 from fewbits.models import Architecture, Piece, Role, describe, gguf_dropped, gguf_extras, gguf_metadata
 from fewbits.pipeline._blocks import Rounded
+from fewbits.pipeline._gguf_source import GgufSource
 from fewbits.pipeline._rotated import RotatedReader
 from fewbits.pipeline._solved import Solved
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, require_ties
@@ -74,10 +75,15 @@ def prepare(
 ) -> Job:
     """Open the source and decide every tensor's fate; nothing is written."""
     source, out = local_folder(model), Path(out)
-    reader = open_source(source)
+    reader = original = open_source(source)
     wanted = parse(format)
     rounding = None if inputs is None else activation_named(inputs)
     target = choose_kind(out, wanted, kind, rounding)
+    if isinstance(original, GgufSource) and target.name != "gguf":
+        raise UnsupportedError(
+            f"{source} holds its tokenizer in GGUF's form, which fewbits does not turn into the files of a "
+            f"{target.name} folder; give OUT a name that ends in .gguf, or quantize from the model's folder"
+        )
     architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     require_ties(reader, architecture.tied)
     recipe = recipe_named(method) if isinstance(method, str) else method
@@ -85,6 +91,12 @@ def prepare(
         if isinstance(transform, Rotate):
             reader = RotatedReader(reader, transform)
             architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
+    metadata: Mapping[str, Any] = reader.config
+    extras: Mapping[str, tuple[float, ...]] = {}
+    dropped: Mapping[str, str] = {}
+    if target.name == "gguf":
+        metadata, extras = _gguf_facts(original, reader.config, source, pretokenizer)
+        dropped = gguf_dropped(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     pieces = tuple(cut(target, architecture, reader))
     rules = Rules(
         format=wanted,
@@ -94,10 +106,6 @@ def prepare(
         gguf=target.name == "gguf",
     )
     plan = rules.plan([PlanTensor(p.name, p.role.value, p.shape, dtype_of(reader, p.source)) for p in pieces])
-    metadata, extras, dropped = reader.config, dict[str, tuple[float, ...]](), dict[str, str]()
-    if target.name == "gguf":
-        metadata, extras = gguf_metadata(reader.config, source, pre=pretokenizer), gguf_extras(reader.config)
-        dropped = gguf_dropped(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     streamed = recipe.solver if recipe.streams else METHODS["rtn"]
     assert isinstance(streamed, TensorMethod)
     tensors = tuple(_entry(piece, plan, target, rounding) for piece in pieces)
@@ -123,6 +131,20 @@ def prepare(
         rounded=rounded,
         scales=scales,
     )
+
+
+def _gguf_facts(
+    reader: Reader, config: Mapping[str, Any], source: Path, pretokenizer: str | None
+) -> tuple[Mapping[str, Any], Mapping[str, tuple[float, ...]]]:
+    """A GGUF output's metadata and extra tensors: a GGUF source's own, else what the model's folder says."""
+    if not isinstance(reader, GgufSource):
+        return gguf_metadata(config, source, pre=pretokenizer), gguf_extras(config)
+    if pretokenizer is not None:
+        raise UnsupportedError(
+            f"pre-tokenizer {pretokenizer} for {source}: its metadata, which says "
+            f"{reader.metadata.get('tokenizer.ggml.pre')!r}, goes into the output as it is; leave --pretokenizer out"
+        )
+    return reader.metadata, reader.extras
 
 
 def _entry(piece: Piece, plan: Plan, kind: Kind, rounding: ActivationFormat | None) -> Entry:

@@ -174,14 +174,15 @@ def _absent_report(name: str, fate: Fate, reason: str) -> TensorReport:
 
 
 def _extra_report(job: Job, writer: Writer, name: str) -> TensorReport:
+    carried = job.source.is_file()  # from a GGUF file, which had it
     return TensorReport(
         name=name,
         fate="kept",
         shape=(len(job.extras[name]),),
         format=FP32.name,
         nbytes=4 * len(job.extras[name]),
-        source="config.json",
-        reason="computed from the configuration",
+        source=name if carried else "config.json",
+        reason="carried over: the configuration's, not a parameter" if carried else "computed from the configuration",
         digests=writer.digests[name],
     )
 
