@@ -89,8 +89,10 @@ class Gguf(Kind):
             )
         if not 1 <= len(entry.shape) <= 4:
             return f"{entry.name}: GGUF holds 1 to 4 dimensions, not {list(entry.shape)}"
+        if isinstance(entry.format, Block) and not entry.format.runs:
+            return f"{entry.name}: llama.cpp rounds inputs to {entry.format} and runs no weights in it; take q8_0"
         if ggml_type(entry.format) is None:
-            known = ", ".join(format.name for format in READ_TYPES.values() if ggml_type(format) is not None)
+            known = ", ".join(format.name for format in READ_TYPES.values() if _written(format))
             return f"{entry.name}: GGUF has no type for {entry.format}; it holds {known}"
         if len(entry.shape) == 1 and entry.format != Float(torch.float32):
             return f"{entry.name}: llama.cpp computes with vectors in fp32 only, not {entry.format}"
@@ -133,6 +135,10 @@ def ggml_type(format: Format) -> int | None:
     if isinstance(format, Block):
         return format.ggml_type
     return FLOAT_TYPES.get(format.dtype) if isinstance(format, Float) else None
+
+
+def _written(format: Format) -> bool:
+    return ggml_type(format) is not None and not (isinstance(format, Block) and not format.runs)
 
 
 def laid_out(format: Format) -> Format:
