@@ -204,10 +204,8 @@ class Q8_K(Block):
         peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
         # Divided as tensors: torch takes a number divided by a tensor for a product with the reciprocal.
         per_scale = torch.full_like(peak, -127).div_(peak)
-        per_scale = torch.where(
-            per_scale.isinf(), 0.0, per_scale
-        )  # zeros, and so little that ggml's codes are undefined
-        scale = inverse(per_scale).squeeze(-1)
+        per_scale = torch.where(per_scale.isinf(), 0.0, per_scale)  # zeros, or where ggml's codes are undefined
+        scale = torch.where(peak.isfinite(), inverse(per_scale), peak).squeeze(-1)
         return (x * per_scale).round_().clamp_(-128, 127).to(torch.int8), {"scale": scale}
 
     def to_fields(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
