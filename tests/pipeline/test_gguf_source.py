@@ -10,12 +10,14 @@ import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
-from tiny import save_model
+from tiny import TEXT, save_model
+from transformers import AutoTokenizer
 
 import fewbits
+from fewbits.checkpoint import open_checkpoint
 from fewbits.checkpoint.gguf_parts import split
 from fewbits.errors import UnsupportedError
-from fewbits.evals import Windows
+from fewbits.evals import Windows, calibration_windows
 from fewbits.pipeline._source import open_source
 
 IDS = torch.randint(0, 200, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -143,12 +145,43 @@ def test_what_cannot_be_is_said(tmp_path, llama):
     fewbits.quantize(file, tmp_path / "q4.gguf", format="q4_0", threads=2)
     with pytest.raises(UnsupportedError, match=r"quantized already \(token_embd\.weight is q\d_\w+\)"):
         fewbits.quantize(tmp_path / "q4.gguf", tmp_path / "x.gguf", format="q4_0")
-    with pytest.raises(UnsupportedError, match=r"tokenizer in GGUF's form.*ends in \.gguf"):
-        fewbits.quantize(file, tmp_path / "folder", format="int4-g32")
     with pytest.raises(UnsupportedError, match="leave --pretokenizer out"):
         fewbits.quantize(file, tmp_path / "x.gguf", format="q4_0", pretokenizer="qwen2")
-    text = tmp_path / "text.txt"
-    text.write_text("It was the best of times. " * 100)
-    with pytest.raises(UnsupportedError, match="calibrate on `self`"):
-        fewbits.quantize(file, tmp_path / "x.gguf", format="q4_0", method="gptq", calibration=text)
+    nameless = tmp_path / "nameless.gguf"
+    nameless.write_bytes(file.read_bytes().replace(b"gpt-2", b"gpt-9"))
+    with pytest.raises(UnsupportedError, match="pre-tokenizer 'gpt-9'"):
+        fewbits.quantize(nameless, tmp_path / "folder", format="int4-g32")
+    assert not (tmp_path / "folder").exists()
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_folders_are_those_of_the_folder(tmp_path):
+    """Weights byte by byte; transformers reads the same tokens with the tokenizer and computes the same numbers."""
+    folder, file = made(tmp_path, "qwen3")
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for source, out in zip((folder, file), outs, strict=True):
+        fewbits.quantize(source, out, format="int4-g32", threads=2)
+    names = [{path.name for path in out.iterdir()} for out in outs]
+    assert names[1] == names[0]
+    (_, a), (_, b) = (open_checkpoint(out) for out in outs)
+    assert a.entries == b.entries
+    assert all(a.digests(name) == b.digests(name) for name in a.entries)
+    left, right = (AutoTokenizer.from_pretrained(out, local_files_only=True) for out in outs)
+    assert left(TEXT).input_ids == right(TEXT).input_ids
+    assert (left.bos_token_id, left.eos_token_id) == (right.bos_token_id, right.eos_token_id)
+    x, y = (fewbits.load(out)(IDS).logits for out in outs)
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_text_is_read_as_with_the_folders_tokenizer(tmp_path, llama, table):
+    text = tmp_path / ("text.jsonl" if table else "text.txt")
+    text.write_text("\n".join(json.dumps({"text": TEXT}) for _ in range(9)) if table else TEXT * 9)
+    windows = [calibration_windows(text, source, 6, 32) for source in llama]
+    assert torch.equal(windows[0].ids, windows[1].ids)
+    calibration = fewbits.Calibration(text=text, windows=4, length=16, held_out=1, limit=100.0)
+    for source, out in zip(llama, "ab", strict=True):
+        fewbits.quantize(
+            source, tmp_path / f"{out}.gguf", format="q4_0", method="gptq", calibration=calibration, threads=2
+        )
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

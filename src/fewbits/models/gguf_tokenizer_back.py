@@ -5,7 +5,7 @@
          token in two is a merge, in the order of the scores.
 
 transformers can read such files itself, but chooses the expressions by the model's architecture instead of by their
-name, and the special tokens by its own defaults: for five of the six names it made other tokens of a Llama's text.
+name, and the special tokens by its own defaults: for five of the six names 5.17 makes other tokens of a Llama's text.
 """
 
 from __future__ import annotations

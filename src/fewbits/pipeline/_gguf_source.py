@@ -5,7 +5,8 @@ Gemma's. So plans, methods and outputs need to know nothing of GGUF. (With w of 
 goes back into it as it was; of a norm in FP32 with w < −1/2 the last bit may move, by 2⁻²⁵.)
 
 A GGUF output takes over the file's own metadata and its tensors that are no parameter, instead of what fewbits would
-make of the restored configuration.
+make of the restored configuration. Beside the weights of a folder lie tokenizer and generation settings that say what
+the metadata says.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fewbits.checkpoint.gguf_parts import SPLIT_KEYS
 from fewbits.engine.weights import restored_model
 from fewbits.errors import CheckpointError
 from fewbits.formats import Float, QTensor
-from fewbits.models import EMBEDDING, Restored
+from fewbits.models import EMBEDDING, Restored, restored_tokenizer
 
 OWNED = ("general.file_type", "general.quantization_version", *SPLIT_KEYS)
 """Keys that say how a file's tensors are stored, which is another matter in the output."""
@@ -67,6 +68,12 @@ class GgufSource(Reader):
             return self._file.read(place.source, slice(0, 0)).codes
         first, last = int(wanted.min()), int(wanted.max())
         return self._file.read(place.source, slice(first, last + 1)).codes[wanted - first]
+
+    def companions(self) -> dict[str, dict[str, Any]]:
+        """The files that stand beside the weights in a folder, by name; UnsupportedError if there is no way to tell."""
+        tokenizer, settings = restored_tokenizer(self._file.config)
+        ids = {key: value for key in ("bos_token_id", "eos_token_id") if (value := self.config.get(key)) is not None}
+        return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings, "generation_config.json": ids}
 
     def _dtype(self) -> str:
         """The type that the model is in: that of its embeddings, since vectors are in FP32 in every file."""

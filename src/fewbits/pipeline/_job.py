@@ -44,6 +44,7 @@ class Job:
     entries: tuple[Entry, ...]
     metadata: Mapping[str, Any]
     extras: Mapping[str, tuple[float, ...]]  # tensors that no parameter of the source holds
+    beside: Mapping[str, Mapping[str, Any]]  # JSON files of a folder that the source has in another form
     dropped: Mapping[str, str]  # parameters that the file has no need of: name -> reason
     recipe: Recipe
     method: TensorMethod  # of what is not solved block by block
@@ -79,11 +80,7 @@ def prepare(
     wanted = parse(format)
     rounding = None if inputs is None else activation_named(inputs)
     target = choose_kind(out, wanted, kind, rounding)
-    if isinstance(original, GgufSource) and target.name != "gguf":
-        raise UnsupportedError(
-            f"{source} holds its tokenizer in GGUF's form, which fewbits does not turn into the files of a "
-            f"{target.name} folder; give OUT a name that ends in .gguf, or quantize from the model's folder"
-        )
+    beside = original.companions() if isinstance(original, GgufSource) and target.name != "gguf" else {}
     architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     require_ties(reader, architecture.tied)
     recipe = recipe_named(method) if isinstance(method, str) else method
@@ -125,6 +122,7 @@ def prepare(
         entries=entries,
         metadata=metadata,
         extras=extras,
+        beside=beside,
         dropped=dropped,
         recipe=recipe,
         method=streamed,
