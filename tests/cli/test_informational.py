@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 
@@ -370,3 +371,29 @@ def test_sizes_and_counts() -> None:
         "2.1 TB",
     ]
     assert [count(x) for x in (12, 260e3, 494e6, 7e9, 1.24e9)] == ["12", "260k", "494M", "7B", "1.24B"]
+
+
+# gguf
+
+
+def test_gguf_split_and_merge(run: Any, as_json: Any, tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name in "abc":
+        writer.add_tensor(name, np.ones((4, 300), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    parts = as_json("gguf", "split", str(tmp_path / "m.gguf"), str(tmp_path / "x"), "--max-size", "9.7kB")
+    assert [Path(file).name for file in parts["files"]] == ["x-00001-of-00002.gguf", "x-00002-of-00002.gguf"]
+    code, out, _ = run("gguf", "merge", parts["files"][0], str(tmp_path / "again.gguf"))
+    assert (code, out.splitlines()[-1][:7]) == (0, "1 file,")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("limit", [[], ["--max-size", "2 parsecs"], ["--max-size", "1GB", "--max-tensors", "2"]])
+def test_gguf_split_wants_one_limit(run: Any, limit: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run("gguf", "split", "m.gguf", "x", *limit)
+    assert exit.value.code == 2

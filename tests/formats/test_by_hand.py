@@ -234,6 +234,31 @@ def test_bytes_of_a_q6_k_super_block() -> None:
     assert FORMATS["q6_k"].decode(codes, params)[0, 255].item() == 54.25
 
 
+def test_bytes_of_a_q8_k_block() -> None:
+    """Codes −128 … 127 at scale 0.25: sums of 16 neighbours as int16, from −1928 in steps of 256."""
+    codes = torch.arange(-128, 128, dtype=torch.int8)[None]
+    found = octets(FORMATS["q8_k"].pack(codes, {"scale": row(0.25)})["blocks"])
+    sums = [sum(range(-128 + 16 * j, -112 + 16 * j)) for j in range(16)]
+    assert (sums[0], sums[15]) == (-1928, 1912)
+    assert found == [
+        0,
+        0,
+        0x80,
+        0x3E,
+        *range(128, 256),
+        *range(128),
+        *(b for s in sums for b in (s & 255, s >> 8 & 255)),
+    ]
+    assert FORMATS["q8_k"].decode(codes, {"scale": row(0.25)})[0, 1].item() == -31.75
+
+
+def test_plain_q8_k_gives_the_first_of_the_largest_code_minus_127() -> None:
+    w = torch.zeros(1, 256)
+    w[0, :4] = torch.tensor([1.0, -254.0, 254.0, 3.0])  # 2 a step; 0.5 and 1.5 go to the even neighbour
+    codes, params = FORMATS["q8_k"].plain(w)
+    assert (codes[0, :5].tolist(), params["scale"].tolist()) == ([0, -127, 127, 2, 0], [[2.0]])
+
+
 def test_bytes_of_a_q3_k_super_block() -> None:
     """Steps count from −32: 0, 63, 37 and so on, four low bits each in eight bytes, two high bits in four more."""
     steps = [0, 63, 37, 32, 31, 16, 15, 1, 2, 3, 4, 5, 48, 47, 62, 33]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from fewbits.formats._blocks import Block
 from fewbits.formats.codebook import NF4
 from fewbits.formats.gguf_mxfp4 import MxFp4Blocks
 
-BLOCKS = [*(name for name, format in FORMATS.items() if isinstance(format, Block)), "mxfp4"]
+BLOCKS = [*(name for name, format in FORMATS.items() if isinstance(format, Block) and format.runs), "mxfp4"]
 ENCODED = ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "tq1_0", "tq2_0"]
 """gguf-py decodes all of them, and encodes these."""
 
@@ -126,6 +128,39 @@ def test_blocks_have_ggml_numbers_and_sizes(name: str) -> None:
     kind = GGMLQuantizationType[block(name).ggml_name]
     assert kind.value == block(name).ggml_type
     assert GGML_QUANT_SIZES[kind] == (block(name).span, block(name).block_bytes)
+
+
+def ggml() -> ctypes.CDLL:
+    """ggml's own encoders and decoders, from llama-cpp-python."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    (library,) = (Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so")
+    return ctypes.CDLL(str(library))
+
+
+@pytest.mark.parametrize("case", [name for name in CORPUS if name not in ("numbers near 1e-45",)])
+def test_q8_k_is_that_of_ggml(case: str) -> None:
+    """Its bytes, and its numbers for any bytes (ggml-quants.c); where 127 / w overflows its codes are undefined."""
+    library, w = ggml(), CORPUS[case].contiguous()
+    count = ctypes.c_int64(w.numel())
+    theirs = torch.zeros(w.shape[0], w.shape[1] // 256 * 292, dtype=torch.uint8)
+    library.quantize_row_q8_K_ref(ctypes.c_void_p(w.data_ptr()), ctypes.c_void_p(theirs.data_ptr()), count)
+    assert torch.equal(plain(w, "q8_k"), theirs)
+    numbers = torch.empty_like(w)
+    library.dequantize_row_q8_K(ctypes.c_void_p(theirs.data_ptr()), ctypes.c_void_p(numbers.data_ptr()), count)
+    assert torch.equal(QTensor.from_arrays(FORMATS["q8_k"], {"blocks": theirs}, tuple(w.shape)).dequantize(), numbers)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_plain_q8_k_refuses_what_is_not_finite(bad: float) -> None:
+    w = torch.where(torch.arange(512) == 300, bad, 1.0)[None]
+    with pytest.raises(FormatError, match="1 of 512 weights are NaN or Inf"):
+        block("q8_k").plain(w)
+
+
+def test_q8_k_has_ggml_s_number_and_size() -> None:
+    kind = GGMLQuantizationType[block("q8_k").ggml_name]
+    assert kind.value == block("q8_k").ggml_type
+    assert GGML_QUANT_SIZES[kind] == (block("q8_k").span, block("q8_k").block_bytes)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -9,8 +9,9 @@ Offsets count from the start of the data. Files come from anywhere, so every cou
 that are left before anything is allocated, arrays of arrays are refused (nobody writes them, and nesting is how a small
 file becomes a deep recursion), and a header may not exceed HEADER_LIMIT.
 
-In memory, values are plain Python. Where the type matters when writing, a numpy scalar or array says which; a plain int
-is written as uint32, a float as float32, a list of int as int32s, of float as float32s, an empty list as strings.
+Values are read as numpy scalars and arrays, which say the type that they have in the file, strings as str and lists of
+str; `plain` makes Python values of them. Either is written: a plain int as uint32, a float as float32, a list of int as
+int32s, of float as float32s, an empty list as strings. So what was read is written as it was.
 """
 
 from __future__ import annotations
@@ -68,12 +69,22 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says before its data. data is where that begins."""
+    """What a file says before its data. typed is its metadata, with types; data is where the data begins."""
 
-    metadata: dict[str, Any]
+    typed: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
     alignment: int
     data: int
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata in plain Python values."""
+        return {key: plain(value) for key, value in self.typed.items()}
+
+
+def plain(value: Any) -> Any:
+    """A value of the metadata as Python's own type."""
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def padded(size: int, alignment: int) -> int:
@@ -133,7 +144,7 @@ class _Parser:
         return metadata
 
     def _alignment(self, metadata: Mapping[str, Any]) -> int:
-        alignment = metadata.get(ALIGNMENT_KEY, ALIGNMENT)
+        alignment = plain(metadata.get(ALIGNMENT_KEY, ALIGNMENT))
         if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
             raise self._error(f"{ALIGNMENT_KEY} is {alignment!r}, must be a power of two up to 65536; it is damaged")
         return alignment
@@ -159,7 +170,7 @@ class _Parser:
             return self._string(key)
         return self._numbers(key, kind, 1)[0]
 
-    def _array(self, key: str) -> list[Any]:
+    def _array(self, key: str) -> list[str] | np.ndarray[Any, Any]:
         kind = self._number("<I", key)
         if kind == ARRAY:
             raise self._error(f"'{key}' is an array of arrays, which no model needs; it is damaged or hostile")
@@ -167,12 +178,12 @@ class _Parser:
             return [self._string(key) for _ in range(self._count(key, 8))]
         return self._numbers(key, kind, self._count(key, self._dtype(key, kind).itemsize))
 
-    def _numbers(self, key: str, kind: int, count: int) -> list[Any]:
+    def _numbers(self, key: str, kind: int, count: int) -> np.ndarray[Any, Any]:
         dtype = self._dtype(key, kind)
         data = self._take(count * dtype.itemsize, key)
         if kind == BOOL and data.strip(b"\0\1"):
             raise self._error(f"'{key}' holds a byte that is neither false nor true; it is damaged")
-        return list(np.frombuffer(data, dtype).tolist())
+        return np.frombuffer(data, dtype)
 
     def _dtype(self, key: str, kind: int) -> np.dtype[Any]:
         dtype = NUMBERS.get(kind)

@@ -28,7 +28,6 @@ from fewbits.checkpoint._gguf_header import (
     header_bytes,
     is_gguf,
     padded,
-    read_header,
 )
 from fewbits.checkpoint._writer import (
     ArrayOnDisk,
@@ -41,6 +40,7 @@ from fewbits.checkpoint._writer import (
     require_space,
 )
 from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
+from fewbits.checkpoint.gguf_parts import Part, open_parts
 from fewbits.errors import CheckpointError, FormatError, LedgerError, OutputError, UnsupportedError
 from fewbits.formats import FORMATS, ArraySpec, Float, Format, QTensor
 from fewbits.formats._blocks import Block
@@ -89,8 +89,10 @@ class Gguf(Kind):
             )
         if not 1 <= len(entry.shape) <= 4:
             return f"{entry.name}: GGUF holds 1 to 4 dimensions, not {list(entry.shape)}"
+        if isinstance(entry.format, Block) and not entry.format.runs:
+            return f"{entry.name}: llama.cpp rounds inputs to {entry.format} and runs no weights in it; take q8_0"
         if ggml_type(entry.format) is None:
-            known = ", ".join(format.name for format in READ_TYPES.values() if ggml_type(format) is not None)
+            known = ", ".join(format.name for format in READ_TYPES.values() if _written(format))
             return f"{entry.name}: GGUF has no type for {entry.format}; it holds {known}"
         if len(entry.shape) == 1 and entry.format != Float(torch.float32):
             return f"{entry.name}: llama.cpp computes with vectors in fp32 only, not {entry.format}"
@@ -112,20 +114,26 @@ class Gguf(Kind):
 
     def foreign(self, path: Path) -> Iterator[tuple[str, int, Tensor]]:
         """By gguf-py, which shares no code with this file."""
-        from gguf import GGUFReader
-        from gguf.quants import dequantize, quant_shape_to_byte_shape
+        for part in open_parts(path):
+            yield from _decoded_by_gguf_py(part.path)
 
-        for tensor in GGUFReader(path).tensors:
-            # Read rather than taken from gguf-py's mapping of the file, which would keep every page that was touched.
-            shape = tuple(reversed(tensor.shape.tolist()))
-            row = int(tensor.n_bytes) // (shape[0] if shape else 1)
-            for rows in row_slabs(shape, FOREIGN_PART):
-                offset = int(tensor.data_offset) + rows.start * row
-                data = np.fromfile(path, np.uint8, len(rows) * row, offset=offset)
-                part = (len(rows), *shape[1:])
-                packed = data.reshape(quant_shape_to_byte_shape(part, tensor.tensor_type))
-                numbers = dequantize(packed, tensor.tensor_type).astype(np.float32)
-                yield tensor.name, rows.start, torch.from_numpy(numbers).reshape(part if shape else shape)
+
+def _decoded_by_gguf_py(path: Path) -> Iterator[tuple[str, int, Tensor]]:
+    """The tensors of one file, as `Gguf.foreign` gives them."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+    for tensor in GGUFReader(path).tensors:
+        # Read rather than taken from gguf-py's mapping of the file, which would keep every page that was touched.
+        shape = tuple(reversed(tensor.shape.tolist()))
+        row = int(tensor.n_bytes) // (shape[0] if shape else 1)
+        for rows in row_slabs(shape, FOREIGN_PART):
+            offset = int(tensor.data_offset) + rows.start * row
+            data = np.fromfile(path, np.uint8, len(rows) * row, offset=offset)
+            part = (len(rows), *shape[1:])
+            packed = data.reshape(quant_shape_to_byte_shape(part, tensor.tensor_type))
+            numbers = dequantize(packed, tensor.tensor_type).astype(np.float32)
+            yield tensor.name, rows.start, torch.from_numpy(numbers).reshape(part if shape else shape)
 
 
 def ggml_type(format: Format) -> int | None:
@@ -136,36 +144,46 @@ def ggml_type(format: Format) -> int | None:
     return FLOAT_TYPES.get(format.dtype) if isinstance(format, Float) else None
 
 
+def _written(format: Format) -> bool:
+    return ggml_type(format) is not None and not (isinstance(format, Block) and not format.runs)
+
+
 def laid_out(format: Format) -> Format:
     """The format whose bytes stand for it in a GGUF file: itself, but for MXFP4."""
     return MxFp4Blocks() if format == NUMBERS else format
 
 
 class GgufReader(Reader):
-    """An open file. `config` is its metadata."""
+    """An open file, or all parts of a model by its first one. `config` is the metadata, `typed` the same with the
+    types that it has in the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        header = read_header(path)
-        self.config = header.metadata
-        if header.metadata.get("split.count", 1) != 1:
-            raise CheckpointError(
-                f"{path}: is one of {header.metadata['split.count']} parts of a model; "
-                "join them first with llama-gguf-split --merge"
-            )
-        size = path.stat().st_size
+        parts = open_parts(path)
+        self.typed = parts[0].header.typed
+        self.config = parts[0].header.metadata
         self.entries: dict[str, Entry] = {}
         self._arrays: dict[str, Located] = {}
-        for info in header.tensors:
-            entry = self._entry(info)
-            (spec,) = laid_out(entry.format).arrays(entry.shape).values()
-            located = Located(path, size, spec.dtype, spec.shape, header.data + info.offset)
-            if located.offset + located.nbytes > size:
-                raise CheckpointError(
-                    f"{path}: tensor '{info.name}' ends at byte {located.offset + located.nbytes}, but the file has "
-                    f"{size}; it is cut short or damaged, so download it again"
-                )
-            self.entries[info.name], self._arrays[info.name] = entry, located
+        for part in parts:
+            for info in part.header.tensors:
+                self._add(part, info)
+
+    def _add(self, part: Part, info: TensorInfo) -> None:
+        entry = self._entry(part.path, info)
+        (spec,) = laid_out(entry.format).arrays(entry.shape).values()
+        located = Located(part.path, part.size, spec.dtype, spec.shape, part.header.data + info.offset)
+        if located.offset + located.nbytes > part.size:
+            raise CheckpointError(
+                f"{part.path}: tensor '{info.name}' ends at byte {located.offset + located.nbytes}, but the file has "
+                f"{part.size}; it is cut short or damaged, so download it again"
+            )
+        if info.name in self.entries:
+            raise CheckpointError(
+                f"{part.path}: tensor '{info.name}' is also in {self._arrays[info.name].file.name}; "
+                "download all parts of one revision"
+            )
+        self.entries[info.name], self._arrays[info.name] = entry, located
 
     def read(self, name: str, rows: slice | None = None) -> QTensor:
         entry = self.entries.get(name)
@@ -183,17 +201,17 @@ class GgufReader(Reader):
         (array,) = laid_out(entry.format).arrays(entry.shape)
         return {array: self._arrays[name].sha256()}
 
-    def _entry(self, info: TensorInfo) -> Entry:
+    def _entry(self, path: Path, info: TensorInfo) -> Entry:
         format = READ_TYPES.get(info.ggml_type)
         if format is None:
             raise CheckpointError(
-                f"{self.path}: tensor '{info.name}' is of type {_type_name(info.ggml_type)}, which fewbits does not "
+                f"{path}: tensor '{info.name}' is of type {_type_name(info.ggml_type)}, which fewbits does not "
                 f"read; it reads {', '.join(str(format) for format in READ_TYPES.values())}"
             )
         try:
             format.check(info.shape)
         except FormatError as error:
-            raise CheckpointError(f"{self.path}: tensor '{info.name}': {error}") from error
+            raise CheckpointError(f"{path}: tensor '{info.name}': {error}") from error
         return Entry(info.name, info.shape, format)
 
 

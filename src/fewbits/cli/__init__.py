@@ -6,6 +6,8 @@ A verb is a module with three functions:
     run(args) -> result     calls the library; returns one of its dataclasses and prints nothing to stdout
     show(result, console)   prints the result for people, tables by `_print`
 
+A group of verbs (`gguf`) has subparsers of its own, each of which sets `run` and `show`.
+
 `main` does what they have in common. With `--json` it prints the result as one JSON object instead of calling `show`,
 so nothing else can reach stdout; progress and notes go to stderr. A result with a property `passed` that is false makes
 the exit code 1. Rooms that are slow to import (transformers) are imported inside `run`.
@@ -17,15 +19,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fewbits.cli import demo, evaluate, explain, formats, inspect, memory, methods, plan, quantize, verify
+from fewbits.cli import demo, evaluate, explain, formats, gguf, inspect, memory, methods, plan, quantize, verify
 from fewbits.cli._print import EXIT_CODES, console, error, printed
 from fewbits.errors import FewbitsError, QualityError, VerificationError
 from fewbits.results import as_json
 
-VERBS = (plan, quantize, verify, evaluate, inspect, formats, methods, memory, explain, demo)
+VERBS = (plan, quantize, verify, evaluate, inspect, formats, methods, memory, explain, gguf, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,12 +66,22 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for verb in VERBS:
         verb.add(subparsers)
-    for command in subparsers.choices.values():
+    for command in _commands(parser):
         command.add_argument(
             "--json", action="store_true", help="print one JSON object to stdout, and nothing else there"
         )
         command.set_defaults(wrong_usage=command.error)
     return parser
+
+
+def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers that take a command's arguments: those below, or, of a group of verbs, those below that."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for group in below:
+        for command in group.choices.values():
+            yield from _commands(command)
+    if not below:
+        yield parser
 
 
 def _with_negative_numbers(argv: Sequence[str]) -> list[str]:

@@ -31,7 +31,9 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="a checkpoint into a smaller one, proven",
         description="Store a model's matrices in a format of fewer bits, and prove what was written.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or a hub name when online")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face folder, a GGUF file in floating point, or a hub name when online"
+    )
     parser.add_argument("out", metavar="OUT", help="folder to make; a name ending in .gguf makes a GGUF file")
     parser.add_argument("--format", default="int4-g128", help="of the matrices (see `fewbits formats`)")
     parser.add_argument(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,12 @@ def open_weights(path: Path) -> tuple[PretrainedConfig, dict[str, Weight]]:
     if kind.name != "gguf":
         weights = {name: Weight(reader, entry) for name, entry in reader.entries.items()}
         return configuration(path, reader.config), weights
-    factors = reader.read(ROPE_FACTORS).dequantize().tolist() if ROPE_FACTORS in reader.entries else None
-    values, restored = from_gguf(reader.config, reader.entries, factors)
+    values, restored = restored_model(reader)
     weights = {name: Weight(reader, reader.entries[place.source], place) for name, place in restored.items()}
     return configuration(path, values), weights
+
+
+def restored_model(reader: Reader) -> tuple[dict[str, Any], dict[str, Restored]]:
+    """config.json of the model in an open GGUF file, and where each of its parameters comes from (see `from_gguf`)."""
+    factors = reader.read(ROPE_FACTORS).dequantize().tolist() if ROPE_FACTORS in reader.entries else None
+    return from_gguf(reader.config, reader.entries, factors)

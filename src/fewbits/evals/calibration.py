@@ -17,12 +17,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoTokenizer
 
 from fewbits.checkpoint import open_checkpoint
 from fewbits.engine import load
 from fewbits.errors import UnsupportedError
 from fewbits.evals.text import LENGTH, Windows, read_windows, self_text
+from fewbits.evals.tokenizer import tokenizer_of
 
 WINDOWS = 128
 SELF = "self"
@@ -40,8 +40,8 @@ def calibration_windows(
 ) -> Windows:
     """Up to `windows` windows of `length` tokens from a source: `self`, or what `read_windows` takes.
 
-    model: folder of the original, whose tokenizer is used. Only `self` loads the model, whole and in float32, and frees
-    it before it returns. seed: of what the model draws.
+    model: folder of the original, whose tokenizer is used, or its GGUF file. Only `self` loads the
+    model, whole and in float32, and frees it before it returns. seed: of what the model draws.
     Raises CheckpointError for a text that cannot be read or is too short, UnsupportedError where reading it needs a
     package that is missing, or `self` a token to begin with that the model does not have, or more memory than is free.
     """
@@ -49,7 +49,7 @@ def calibration_windows(
         _require_room(Path(model), torch.device(device))
         found = self_text(load(model, device=device), windows, length, seed, progress)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = tokenizer_of(Path(model))
         found = read_windows(source, tokenizer, windows, length)
     return replace(found, source=str(source))
 

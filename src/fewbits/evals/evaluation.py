@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fewbits.checkpoint import read_ledger
 from fewbits.engine import fast_float32, is_causal, load, open_weights
@@ -31,6 +31,7 @@ from fewbits.evals.reference import (
     write_reference,
 )
 from fewbits.evals.text import LENGTH, WINDOWS, Windows, read_windows, self_text
+from fewbits.evals.tokenizer import tokenizer_of
 from fewbits.evals.unlikeness import unlikeness
 from fewbits.results import Evaluation
 
@@ -132,7 +133,7 @@ class _Job:
         if text is None:
             path = reference_path(facts | {"seed": seed, "windows": self.windows, "length": self.length})
         else:
-            read = read_windows(text, _tokenizer(self.against), self.windows, self.length)
+            read = read_windows(text, tokenizer_of(self.against), self.windows, self.length)
             require_windows(len(read.ids))
             path = reference_path(facts | {"tokens": read.digest})
         found = _cached(path)
@@ -203,18 +204,8 @@ def _same_tokens(a: Path, b: Path) -> bool:
     files = [path / "tokenizer.json" for path in (a, b)]
     if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return True
-    vocabularies = [_tokenizer(path).get_vocab() for path in (a, b)]
+    vocabularies = [tokenizer_of(path).get_vocab() for path in (a, b)]
     return bool(vocabularies[0] == vocabularies[1])
-
-
-def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: its tokenizer cannot be loaded ({error}); evaluate reads a text with the original's tokenizer"
-        ) from error
-    return tokenizer
 
 
 def _silent(done: int, total: int, label: str) -> None:

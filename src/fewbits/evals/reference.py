@@ -34,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewbits.checkpoint.gguf_parts import open_parts
 from fewbits.errors import CheckpointError, OutputError
 from fewbits.evals.text import Windows
 
@@ -98,7 +99,8 @@ def model_identity(path: Path) -> str:
 
     Hashing all of it would take as long as running the model.
     """
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json"))
+    parts = [part.path for part in open_parts(path)] if path.is_file() else []
+    files = parts or sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json"))
     digest = hashlib.sha256()
     for file in files:
         facts = file.stat()

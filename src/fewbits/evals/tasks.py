@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from fewbits.engine import load
 from fewbits.errors import UnsupportedError
+from fewbits.evals.tokenizer import tokenizer_of
 
 
 def run_tasks(
@@ -34,7 +34,7 @@ def run_tasks(
     except ImportError as error:
         raise UnsupportedError("tasks need lm-eval, which is missing; run: pip install 'fewbits[eval]'") from error
     model = load(path, device=device, dtype=dtype, packed=False)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = tokenizer_of(Path(path))
     harness = HFLM(pretrained=model, tokenizer=tokenizer)
     results: dict[str, Any] = simple_evaluate(model=harness, tasks=list(tasks), limit=limit)["results"]
     return results

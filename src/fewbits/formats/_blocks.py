@@ -36,6 +36,9 @@ class Block(Grouped):
     instead: ClassVar[str | None] = None
     """The format taken for rows that are no whole blocks of this one."""
 
+    runs: ClassVar[bool] = True
+    """Whether llama.cpp computes with weights in it."""
+
     @property
     def name(self) -> str:
         return self.ggml_name.lower()

@@ -6,8 +6,13 @@
     Q4_K   d·s·q − k·m         q 0…15     32              6 bits each               144     4.5
     Q5_K   d·s·q − k·m         q 0…31     32              6 bits each               176     5.5
     Q6_K   d·s·q               q −32…31   16              s −128…127                210     6.5625
+    Q8_K   d·q                 q −128…127                                           292     9.125
 
-How scales are found is in `_superblocks`. Codes are uint8, those around zero counted from the lowest one.
+How scales are found is in `_superblocks`. Codes are uint8, those around zero counted from the lowest one; Q8_K's int8.
+
+Q8_K has one scale, in FP32, and the sums of each 16 codes beside them, with which a product of codes takes the minima
+of the other side into account. llama.cpp rounds the *inputs* of K-quantized matrices to it while it computes, and has
+no kernels for weights in it: such GGUF files are read here, and not written.
 """
 
 from __future__ import annotations
@@ -18,9 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbits.formats._blocks import fold, from_half_bytes, half_bytes, unfold
+from fewbits.formats._blocks import Block, fold, from_half_bytes, half_bytes, unfold
+from fewbits.formats._search import best_scale, inverse
 from fewbits.formats._superblocks import SPAN, EvenBlocks, OffsetBlocks
 from fewbits.formats.base import Params
+
+SUMMED = 16  # codes of Q8_K whose sum is stored
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,65 @@ class Q5_K(_SixBit):
     summary = "GGUF: 5-bit codes, 6-bit scales and minima for 32, two factors for 256"
 
 
+@dataclass(frozen=True)
+class Q8_K(Block):
+    """Signed bytes under one FP32 scale, with their sums. Codes int8; param: scale, which may be negative."""
+
+    group: int = SPAN
+
+    fields = (("d", 4), ("qs", SPAN), ("bsums", 2 * SPAN // SUMMED))
+    ggml_type = 15
+    ggml_name = "Q8_K"
+    runs = False
+    summary = "GGUF: 256 signed bytes, their sums and a scale"
+    purpose = "what llama.cpp rounds inputs of K-quants to, for studying it; 8-bit weights are Q8_0 there"
+
+    @property
+    def cells(self) -> str:
+        return "S" + 7 * "I"
+
+    @property
+    def levels(self) -> Tensor:
+        return torch.arange(-128, 128, dtype=torch.float32)
+
+    def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
+        plain = x.abs().amax(-1) / 127
+        if not search:
+            return {"scale": plain}
+        reach = [1.01 - 0.005 * i for i in range(8)]
+        best = best_scale(x, plain, reach, lambda t: t.round_().clamp_(-128, 127), importance)
+        return self.least_error(x, [{"scale": plain}, {"scale": best}], importance)
+
+    def round_at(self, x: Tensor, params: Params) -> Tensor:
+        return (x * inverse(params["scale"])).round_().clamp_(-128, 127).to(torch.int8)
+
+    def decode_at(self, codes: Tensor, params: Params) -> Tensor:
+        return codes.float().mul_(params["scale"])
+
+    def rescaled(self, params: Params, factor: Tensor) -> Params:
+        return {"scale": params["scale"] * factor}
+
+    def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
+        """The number of largest magnitude, the first of several, becomes −127."""
+        peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+        # Divided as tensors: torch takes a number divided by a tensor for a product with the reciprocal.
+        per_scale = torch.full_like(peak, -127).div_(peak)
+        per_scale = torch.where(per_scale.isinf(), 0.0, per_scale)  # zeros, or where ggml's codes are undefined
+        scale = torch.where(peak.isfinite(), inverse(per_scale), peak).squeeze(-1)
+        return (x * per_scale).round_().clamp_(-128, 127).to(torch.int8), {"scale": scale}
+
+    def to_fields(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        sums = codes.unflatten(-1, (-1, SUMMED)).sum(-1, dtype=torch.int16)
+        return {
+            "d": params["scale"].unsqueeze(-1).view(torch.uint8),
+            "qs": codes.view(torch.uint8),
+            "bsums": sums.view(torch.uint8),
+        }
+
+    def from_fields(self, fields: Mapping[str, Tensor]) -> tuple[Tensor, Params]:
+        return fields["qs"].view(torch.int8), {"scale": fields["d"].view(torch.float32).squeeze(-1)}
+
+
 def _six_bit_fields(params: Params) -> dict[str, Tensor]:
     """Eight scales and eight minima of 6 bits in 12 bytes: the first four of each in a byte's low bits, above them the
     high bits of the last four, whose low nibbles share the last four bytes.
@@ -176,4 +243,4 @@ def _six_bit_params(fields: Mapping[str, Tensor]) -> Params:
     }
 
 
-GGUF_K = (Q6_K(), Q5_K(), Q4_K(), Q3_K(), Q2_K())
+GGUF_K = (Q8_K(), Q6_K(), Q5_K(), Q4_K(), Q3_K(), Q2_K())

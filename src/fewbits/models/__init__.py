@@ -19,6 +19,7 @@ from fewbits.models.gguf import (
     gguf_pieces,
     gguf_supported,
 )
+from fewbits.models.gguf_tokenizer_back import restored_tokenizer
 from fewbits.models.links import Flow, head_size, links, residual
 from fewbits.models.slots import Link, Slot, Slots
 
@@ -49,5 +50,6 @@ __all__ = [
     "links",
     "model_class",
     "residual",
+    "restored_tokenizer",
     "unfused",
 ]

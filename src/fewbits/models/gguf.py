@@ -39,6 +39,7 @@ def gguf_metadata(config: Mapping[str, Any], folder: Path, *, pre: str | None = 
     Raises UnsupportedError for an architecture, setting or tokenizer that llama.cpp cannot run exactly.
     """
     family, full = _family(config)
+    family.check(full)
     hyperparameters = {f"{family.arch}.{key}": value for key, value in family.hyperparameters(full).items()}
     general = {
         "general.architecture": family.arch,
@@ -104,7 +105,7 @@ def from_gguf(
 
 
 def _family(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
-    """The family and its complete configuration, checked."""
+    """The family and its complete configuration."""
     kind = config.get("model_type")
     family = FAMILIES.get(str(kind))
     if family is None:
@@ -112,9 +113,7 @@ def _family(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
             f"architecture '{kind}' cannot be written to GGUF; supported are {', '.join(FAMILIES)}. "
             "compressed-tensors takes any architecture"
         )
-    full = family.filled(config)
-    family.check(full)
-    return family, full
+    return family, family.filled(config)
 
 
 def _piece(family: Family, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Piece:

@@ -18,6 +18,7 @@ from fewbits.methods import METHODS, Recipe, TensorMethod, recipe_named
 from fewbits.methods.rotate import Rotate
 from fewbits.models import Architecture, Piece, Role, describe, gguf_dropped, gguf_extras, gguf_metadata
 from fewbits.pipeline._blocks import Rounded
+from fewbits.pipeline._gguf_source import GgufSource
 from fewbits.pipeline._rotated import RotatedReader
 from fewbits.pipeline._solved import Solved
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, require_ties
@@ -44,6 +45,7 @@ class Job:
     entries: tuple[Entry, ...]
     metadata: Mapping[str, Any]
     extras: Mapping[str, tuple[float, ...]]  # tensors that no parameter of the source holds
+    beside: Mapping[str, Mapping[str, Any]]  # JSON files of a folder that the source has in another form
     dropped: Mapping[str, str]  # parameters that the file has no need of: name -> reason
     recipe: Recipe
     method: TensorMethod  # of what is not solved block by block
@@ -76,10 +78,11 @@ def prepare(
 ) -> Job:
     """Open the source and decide every tensor's fate; nothing is written. planned: tensor -> format, of a plan."""
     source, out = local_folder(model), Path(out)
-    reader = open_source(source)
+    reader = original = open_source(source)
     wanted = parse(format)
     rounding = None if inputs is None else activation_named(inputs)
     target = choose_kind(out, wanted, kind, rounding)
+    beside = original.companions() if isinstance(original, GgufSource) and target.name != "gguf" else {}
     architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     require_ties(reader, architecture.tied)
     recipe = recipe_named(method) if isinstance(method, str) else method
@@ -87,6 +90,12 @@ def prepare(
         if isinstance(transform, Rotate):
             reader = RotatedReader(reader, transform)
             architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
+    metadata: Mapping[str, Any] = reader.config
+    extras: Mapping[str, tuple[float, ...]] = {}
+    dropped: Mapping[str, str] = {}
+    if target.name == "gguf":
+        metadata, extras = _gguf_facts(original, reader.config, source, pretokenizer)
+        dropped = gguf_dropped(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     pieces = tuple(cut(target, architecture, reader))
     rules = Rules(
         format=wanted,
@@ -97,10 +106,6 @@ def prepare(
         planned=planned,
     )
     plan = rules.plan(planned_for(pieces, reader))
-    metadata, extras, dropped = reader.config, dict[str, tuple[float, ...]](), dict[str, str]()
-    if target.name == "gguf":
-        metadata, extras = gguf_metadata(reader.config, source, pre=pretokenizer), gguf_extras(reader.config)
-        dropped = gguf_dropped(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     streamed = recipe.solver if recipe.streams else METHODS["rtn"]
     assert isinstance(streamed, TensorMethod)
     tensors = tuple(_entry(piece, plan, target, rounding) for piece in pieces)
@@ -121,6 +126,7 @@ def prepare(
         entries=entries,
         metadata=metadata,
         extras=extras,
+        beside=beside,
         dropped=dropped,
         recipe=recipe,
         method=streamed,
@@ -132,6 +138,20 @@ def prepare(
 def planned_for(pieces: Sequence[Piece], reader: Reader) -> list[PlanTensor]:
     """The tensors of the output, as rules see them."""
     return [PlanTensor(p.name, p.role.value, p.shape, dtype_of(reader, p.source)) for p in pieces]
+
+
+def _gguf_facts(
+    reader: Reader, config: Mapping[str, Any], source: Path, pretokenizer: str | None
+) -> tuple[Mapping[str, Any], Mapping[str, tuple[float, ...]]]:
+    """A GGUF output's metadata and extra tensors: a GGUF source's own, else what the model's folder says."""
+    if not isinstance(reader, GgufSource):
+        return gguf_metadata(config, source, pre=pretokenizer), gguf_extras(config)
+    if pretokenizer is not None:
+        raise UnsupportedError(
+            f"pre-tokenizer {pretokenizer} for {source}: its metadata, which says "
+            f"{reader.metadata.get('tokenizer.ggml.pre')!r}, goes into the output as it is; leave --pretokenizer out"
+        )
+    return reader.metadata, reader.extras
 
 
 def _entry(piece: Piece, plan: Plan, kind: Kind, rounding: ActivationFormat | None) -> Entry:

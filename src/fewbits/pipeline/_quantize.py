@@ -54,8 +54,9 @@ def quantize(
 ) -> Quantization:
     """Quantize a model into a new folder or GGUF file.
 
-    model: a Hugging Face folder, or a hub name. out: a path that does not exist; a name ending in .gguf makes a GGUF
-    file. format: for the matrices; vocabulary: for embeddings and output projection (None: the file type's own rule).
+    model: a Hugging Face folder, a GGUF file whose tensors are floating point, or a hub name. out: a
+    path that does not exist; a name ending in .gguf makes a GGUF file. format: for the matrices; vocabulary: for
+    embeddings and output projection (None: the file type's own rule).
     method: a name, several joined by + (`rotate+gptq`), a Recipe, or `auto`, which tries several within so many minutes
     (default 30) and keeps the best. calibration: the text that methods which measure
     inputs run on, a file or `self` (written by the model; the default for them); weigh: whether a method that

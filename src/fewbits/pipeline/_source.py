@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fewbits.checkpoint import Kind, Reader, open_checkpoint
 from fewbits.checkpoint.activations import is_scale
+from fewbits.checkpoint.gguf import GgufReader
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import Float
 from fewbits.models import Architecture, Piece, Role, gguf_pieces, unfused
+from fewbits.pipeline._gguf_source import GgufSource
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 COMPARED = 1024  # rows
@@ -43,16 +45,17 @@ def local_folder(model: str | Path) -> Path:
 
 
 def open_source(path: Path) -> Reader:
-    """A checkpoint whose weights are still floating point. Raises UnsupportedError if it is quantized already."""
-    kind, reader = open_checkpoint(path)
-    if kind.name == "gguf":
-        raise UnsupportedError(f"{path} is a GGUF file; quantize from the Hugging Face folder it was made of")
+    """A checkpoint whose weights are still floating point, by transformers' names and in its layout.
+
+    Raises UnsupportedError if it is quantized already.
+    """
+    _, reader = open_checkpoint(path)
     quantized = next((e for e in reader.entries.values() if not isinstance(e.format, Float)), None)
     rounded = any(is_scale(entry) for entry in reader.entries.values())
     if quantized is not None or rounded or "quantization_config" in reader.config:
         what = f"{quantized.name} is {quantized.format}" if quantized else "config.json has a quantization_config"
         raise UnsupportedError(f"{path} is quantized already ({what}); quantize from the original checkpoint")
-    return reader
+    return GgufSource(reader) if isinstance(reader, GgufReader) else reader
 
 
 def require_ties(reader: Reader, tied: Mapping[str, str]) -> None:

@@ -8,11 +8,15 @@ Matrices that were solved block by block are copied from the journal.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event, Lock
 from typing import Any
 
@@ -39,7 +43,7 @@ Progress = Callable[[int, int, str], None]
 
 def run(job: Job, threads: int, progress: Progress | None) -> tuple[TensorReport, ...]:
     """Stream every piece into the output and commit it with its ledger."""
-    with job.kind.create(job.out, job.entries, job.source, job.metadata) as writer:
+    with companions(job) as beside, job.kind.create(job.out, job.entries, beside, job.metadata) as writer:
         for name, values in job.extras.items():
             writer.write(name, QTensor(FP32, torch.tensor(values), {}))
         for entry in job.scales:
@@ -50,6 +54,18 @@ def run(job: Job, threads: int, progress: Progress | None) -> tuple[TensorReport
         ledger = account(job, reports)
         writer.commit(ledger_document(job, ledger))
     return ledger
+
+
+@contextmanager
+def companions(job: Job) -> Iterator[Path]:
+    """The folder whose files go along with the weights: the source, or one of the files that were made of it."""
+    if not job.beside:
+        yield job.source
+        return
+    with TemporaryDirectory() as folder:
+        for name, content in job.beside.items():
+            Path(folder, name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        yield Path(folder)
 
 
 def stream(job: Job, writer: Writer, threads: int, progress: Progress | None) -> dict[str, TensorReport]:
@@ -174,14 +190,15 @@ def _absent_report(name: str, fate: Fate, reason: str) -> TensorReport:
 
 
 def _extra_report(job: Job, writer: Writer, name: str) -> TensorReport:
+    carried = job.source.is_file()  # from a GGUF file, which had it
     return TensorReport(
         name=name,
         fate="kept",
         shape=(len(job.extras[name]),),
         format=FP32.name,
         nbytes=4 * len(job.extras[name]),
-        source="config.json",
-        reason="computed from the configuration",
+        source=name if carried else "config.json",
+        reason="carried over: the configuration's, not a parameter" if carried else "computed from the configuration",
         digests=writer.digests[name],
     )
 
