@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,23 +13,28 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from fewbits.cli._frontier import draw_terminal
 from fewbits.cli._print import count, number, progress_bar, size, table
-from fewbits.errors import UnsupportedError
+from fewbits.errors import CheckpointError, UnsupportedError
+from fewbits.results import FrontierPoint
 
 if TYPE_CHECKING:
     from fewbits.plan.planned import Budget, Explanation, Planned
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DEFAULT = Path("plan.json")
+POINTS = 14  # sizes at which the frontier is drawn
 
 
 @dataclass(frozen=True)
 class Made:
-    """A plan, where it was written (None if it was only asked about), and what was to be explained."""
+    """A plan, where it was written (None if it was only asked about), what was to be explained, what to be drawn."""
 
     plan: Planned
     path: Path | None
     explained: tuple[Explanation, ...]
+    points: tuple[FrontierPoint, ...]
+    image: Path | None = None
 
 
 def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -55,6 +61,14 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda (default %(default)s)")
     parser.add_argument("--no-probes", action="store_true", help="do not correct predictions by true divergences")
     parser.add_argument("--explain", metavar="REGEX", help="say why tensors got their formats, and what more would buy")
+    parser.add_argument(
+        "--frontier",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="draw size against divergence, with presets; into a .png, .svg or .pdf too",
+    )
+    parser.add_argument("--peers", type=Path, metavar="FILE", help="measured files to draw beside it (JSON)")
     parser.set_defaults(run=run, show=show)
 
 
@@ -64,6 +78,7 @@ def add_budget(group: argparse._ArgumentGroup) -> None:
     one.add_argument("--memory", type=amount, metavar="6GB", help="of the process that runs it, with --context tokens")
     one.add_argument("--size", type=amount, metavar="4.5GB", help="of the file")
     one.add_argument("--bpw", type=float, metavar="4.25", help="bits a weight, everything in the file counted")
+    one.add_argument("--preset", metavar="NAME", help="no budget but llama.cpp's mixture: Q4_K_M, Q5_K_M, IQ4_XS …")
     one.add_argument("--max-kld", type=float, metavar="0.02", help="the smallest model this near to the original, nats")
     group.add_argument("--context", type=int, default=8192, help="tokens, for --memory (default %(default)s)")
 
@@ -71,7 +86,11 @@ def add_budget(group: argparse._ArgumentGroup) -> None:
 def budget_of(args: argparse.Namespace) -> Budget:
     from fewbits.plan.planned import Budget
 
-    return Budget(size=args.size, bpw=args.bpw, memory=args.memory, max_kld=args.max_kld, context=args.context)
+    return Budget(args.size, args.bpw, args.memory, args.max_kld, args.preset, args.context)
+
+
+def has_budget(args: argparse.Namespace) -> bool:
+    return any(value is not None for value in (args.size, args.bpw, args.memory, args.max_kld, args.preset))
 
 
 def amount(text: str) -> float:
@@ -89,10 +108,10 @@ def run(args: argparse.Namespace) -> Made:
 
     if Path(args.model).suffix == ".json":
         found = read_plan(Path(args.model))
-        if any((args.size, args.bpw, args.memory, args.max_kld)):
+        if has_budget(args):
             found = found.within(budget_of(args))
-        elif args.explain:
-            return Made(found, None, _matching(found, args.explain))
+        elif args.explain or args.frontier is not None:
+            return _made(found, None, args)
     else:
         text = None if args.calibration == "none" else args.calibration
         with progress_bar() as progress:
@@ -108,7 +127,53 @@ def run(args: argparse.Namespace) -> Made:
                 progress=progress,
             )
     write_plan(found, args.out)
-    return Made(found, args.out, _matching(found, args.explain) if args.explain else ())
+    return _made(found, args.out, args)
+
+
+def _made(plan: Planned, path: Path | None, args: argparse.Namespace) -> Made:
+    """What was asked about a plan besides; its picture is drawn here, because `show` writes no files."""
+    from fewbits.cli._frontier import draw_image
+
+    explained = _matching(plan, args.explain) if args.explain else ()
+    if args.frontier is None:
+        return Made(plan, path, explained, ())
+    points = (*_points(plan), *(_peers(args.peers) if args.peers else ()))
+    image = Path(args.frontier) if args.frontier else None
+    if image is not None:
+        draw_image(points, image, f"{plan.model}: size against divergence", _caption(plan))
+    return Made(plan, path, explained, points, image)
+
+
+def _points(plan: Planned) -> tuple[FrontierPoint, ...]:
+    """The plan, the best ones of other sizes, and presets, all as expected."""
+    from fewbits.plan.solve import frontier
+
+    others = [choice for choice in frontier(plan.table, POINTS) if choice != plan.formats]
+    best = [("", plan.table.nbytes(choice), plan.table.divergence(choice)) for choice in others]
+    plans = [("this plan", plan.nbytes, plan.divergence), *best]
+    return (
+        *(FrontierPoint(name, n, d, "plan", measured=False) for name, n, d in plans if d > 0),
+        *(FrontierPoint(name, n, d, "preset", measured=False) for name, (n, d) in plan.presets.items()),
+    )
+
+
+def _peers(path: Path) -> tuple[FrontierPoint, ...]:
+    """[{"name": …, "nbytes": …, "divergence": …}, …]."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(
+            FrontierPoint(str(p["name"]), int(p["nbytes"]), float(p["divergence"]), "peer", measured=True)
+            for p in found
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: is no list of objects with name, nbytes and divergence ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _caption(plan: Planned) -> str:
+    text = f"measured on {plan.measured_on}" if plan.measured_on else "by rules of thumb"
+    return f"Expected divergence of the model quantized with {plan.method}, costs {text}."
 
 
 def _matching(plan: Planned, pattern: str) -> tuple[Explanation, ...]:
@@ -131,6 +196,10 @@ def show(made: Made, console: Console) -> None:
     console.print(f"costs {measured}{_corrected(plan.corrections)}", markup=False)
     for found in made.explained:
         _explain(found, plan, console)
+    if made.points:
+        console.print("\n" + draw_terminal(made.points, min(console.width, 110), 24), markup=False)
+    if made.image:
+        console.print(f"\ndrawn: {made.image}", markup=False)
     if made.path:
         console.print(f"\n{made.path}: fewbits quantize {plan.model} OUT --plan {made.path}", markup=False)
 

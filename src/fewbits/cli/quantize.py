@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from fewbits.cli._print import count, number, progress_bar, size, table
-from fewbits.cli.plan import add_budget, budget_of
+from fewbits.cli.plan import add_budget, budget_of, has_budget
 from fewbits.errors import UnsupportedError
 from fewbits.results import CalibrationReport, Estimate, Quantization, TensorReport, Trial
 
@@ -151,16 +151,16 @@ def _planned(args: argparse.Namespace, calibration: Calibration, progress: Progr
     from fewbits.pipeline import plan
     from fewbits.plan.planned import read_plan
 
-    budget = any(value is not None for value in (args.size, args.bpw, args.memory, args.max_kld))
     if args.plan is not None:
-        if budget:
+        if has_budget(args):
             raise UnsupportedError(f"--plan {args.plan} has a budget already; leave the other one out, or the plan")
         return read_plan(args.plan)
-    if not budget:
+    if not has_budget(args):
         return None
     target = args.target or ("gguf" if args.out.endswith(".gguf") else "vllm")
     method = args.method or "gptq"
-    return plan(args.model, budget_of(args), target=target, method=method, calibration=calibration, progress=progress)
+    text = None if args.preset else calibration  # which says the formats itself
+    return plan(args.model, budget_of(args), target=target, method=method, calibration=text, progress=progress)
 
 
 def _override(text: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,30 @@ from fewbits.plan.table import Option, Table, Unit, undominated
 @dataclass(frozen=True)
 class Budget:
     """What the user has, one of the fields. size: bytes of the file; bpw: bits a weight, over everything in it; memory:
-    bytes of the process that runs the model on `context` tokens; max_kld: nats a token from the original.
+    bytes of the process that runs the model on `context` tokens; max_kld: nats a token from the original; preset: no
+    budget, but llama.cpp's mixture of that name.
     """
 
     size: float | None = None
     bpw: float | None = None
     memory: float | None = None
     max_kld: float | None = None
+    preset: str | None = None
     context: int = 8192
 
     def __post_init__(self) -> None:
         given = {key: value for key, value in self.amounts.items() if value is not None}
         if len(given) != 1:
             raise UnsupportedError(
-                f"a budget of {', '.join(given) or 'nothing'}: give one of memory, size, bpw and max_kld"
+                f"a budget of {', '.join(given) or 'nothing'}: give one of memory, size, bpw, max_kld and preset"
             )
         ((key, value),) = given.items()
-        if not 0 < value < float("inf"):
+        if not isinstance(value, str) and not 0 < value < float("inf"):
             raise UnsupportedError(f"a budget of {key} {value:g}: it must be more than 0")
 
     @property
-    def amounts(self) -> dict[str, float | None]:
-        return {"size": self.size, "bpw": self.bpw, "memory": self.memory, "max_kld": self.max_kld}
+    def amounts(self) -> dict[str, float | str | None]:
+        return {key: value for key, value in asdict(self).items() if key != "context"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Planned:
 
     formats: unit -> format. weights: of the whole model. overhead: bytes that the process which runs it needs beside
     the file, at the budget's context. measured_on: the text of the table's figures, None for rules of thumb.
-    corrections: role -> measured over predicted divergence, by which the table's figures were multiplied.
+    corrections: role -> measured over predicted divergence, by which the table's figures were multiplied. presets:
+    name of a mixture of llama.cpp's -> bytes and expected divergence of the model in it, solved as the plan is.
     """
 
     model: str
@@ -65,6 +68,7 @@ class Planned:
     overhead: int
     measured_on: str | None
     corrections: Mapping[str, float]
+    presets: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -103,14 +107,18 @@ class Planned:
 
 
 def chosen(table: Table, budget: Budget, weights: int, overhead: int) -> Choice:
-    """The best formats within a budget."""
+    """The best formats within a budget.
+
+    Raises UnsupportedError where nothing is within it, or if it is a preset, which is no budget.
+    """
     if budget.max_kld is not None:
         return fewest_bytes(table, budget.max_kld)
     if budget.memory is not None:
         return smallest_divergence(table, int(budget.memory) - overhead)
     if budget.size is not None:
         return smallest_divergence(table, int(budget.size))
-    assert budget.bpw is not None
+    if budget.bpw is None:
+        raise UnsupportedError(f"preset {budget.preset}: a preset is planned from the model, not from a plan's table")
     return smallest_divergence(table, int(budget.bpw * weights / 8))
 
 
@@ -194,6 +202,7 @@ def _document(plan: Planned) -> str:
         "overhead": plan.overhead,
         "measured_on": plan.measured_on,
         "corrections": dict(plan.corrections),
+        "presets": {name: list(found) for name, found in plan.presets.items()},
     }
     units = [
         {
@@ -230,4 +239,5 @@ def _plan(found: Any) -> Planned:
         overhead=int(found["overhead"]),
         measured_on=found["measured_on"],
         corrections={str(role): float(factor) for role, factor in found["corrections"].items()},
+        presets={str(name): (int(n), float(d)) for name, (n, d) in found["presets"].items()},
     )

@@ -61,8 +61,8 @@ def fewest_bytes(table: Table, limit: float) -> Choice:
 
 
 def frontier(table: Table, points: int) -> list[Choice]:
-    """The best choices at `points` sizes, spread evenly from the smallest to the largest one that is of use."""
-    sizes = np.linspace(table.smallest, table.largest, points + 1)[:-1]
+    """The best choices at `points` sizes, spread evenly from the smallest to where nothing is kept as it was."""
+    sizes = np.linspace(table.smallest, max(table.smallest, table.finest), points)
     return [smallest_divergence(table, int(size)) for size in sizes]
 
 

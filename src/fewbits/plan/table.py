@@ -58,8 +58,10 @@ class Table:
         return self.fixed + sum(min(option.nbytes for option in unit.options) for unit in self.units)
 
     @property
-    def largest(self) -> int:
-        return self.fixed + sum(max(option.nbytes for option in unit.options) for unit in self.units)
+    def finest(self) -> int:
+        """The file's size with everything in the largest format that still costs something."""
+        costly = ([o.nbytes for o in unit.options if o.divergence > 0] for unit in self.units)
+        return self.fixed + sum(max(sizes, default=0) for sizes in costly)
 
 
 def undominated(options: Sequence[Option]) -> list[Option]:
