@@ -46,10 +46,8 @@ def main() -> None:
         measured = divergence(args.model, drawn, calibration, args.text)
         found.append((drawn.nbytes, drawn.divergence, measured))
         ratio = drawn.divergence / measured
-        print(
-            f"{drawn.nbytes / 1e6:5.2f}  {drawn.bits_per_weight:5.2f}  {drawn.divergence:9.3e}  {measured:9.3e}  {ratio:5.2f}",
-            flush=True,
-        )
+        sizes = f"{drawn.nbytes / 1e6:5.2f}  {drawn.bits_per_weight:5.2f}"
+        print(f"{sizes}  {drawn.divergence:9.3e}  {measured:9.3e}  {ratio:5.2f}", flush=True)
     ratios = [predicted / measured for _, predicted, measured in found]
     rank = float(spearmanr([p for _, p, _ in found], [m for _, _, m in found]).statistic)
     print(f"predicted / measured: {min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f}")
