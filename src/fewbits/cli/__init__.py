@@ -20,12 +20,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fewbits.cli import demo, evaluate, explain, formats, inspect, memory, methods, quantize, verify
+from fewbits.cli import demo, evaluate, explain, formats, imatrix, inspect, memory, methods, quantize, verify
 from fewbits.cli._print import EXIT_CODES, console, error, printed
 from fewbits.errors import FewbitsError, QualityError, VerificationError
 from fewbits.results import as_json
 
-VERBS = (quantize, verify, evaluate, inspect, formats, methods, memory, explain, demo)
+VERBS = (quantize, verify, evaluate, imatrix, inspect, formats, methods, memory, explain, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

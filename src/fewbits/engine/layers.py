@@ -79,6 +79,12 @@ class LayeredModel:
         }
 
     @property
+    def projection(self) -> Tensor:
+        """The matrix that `logits` ends in, [vocab, H], while what lies outside the layers is in memory."""
+        weight: Tensor = self._model.get_output_embeddings().weight
+        return weight
+
+    @property
     def values(self) -> dict[str, Any]:
         """config.json, as the checkpoint has it."""
         return self._reader.config

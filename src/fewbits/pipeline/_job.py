@@ -21,6 +21,7 @@ from fewbits.pipeline._blocks import Rounded
 from fewbits.pipeline._rotated import RotatedReader
 from fewbits.pipeline._solved import Solved
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, require_ties
+from fewbits.pipeline._weighing import Weighing, require_weighable, weighing
 from fewbits.plan.rules import Plan, Rules, parse
 from fewbits.plan.rules import Tensor as PlanTensor
 from fewbits.results import CalibrationReport, Trial
@@ -47,6 +48,7 @@ class Job:
     recipe: Recipe
     method: TensorMethod  # of what is not solved block by block
     rounded: Rounded
+    weighing: Weighing | None = None  # of what is not solved block by block
     scales: tuple[Entry, ...] = ()  # static scales, which the blocks are to find
     solved: Solved | None = None
     calibrated: CalibrationReport | None = None
@@ -71,6 +73,7 @@ def prepare(
     pretokenizer: str | None,
     inputs: str | None,
     cache: str | None,
+    imatrix: str | Path | None,
 ) -> Job:
     """Open the source and decide every tensor's fate; nothing is written."""
     source, out = local_folder(model), Path(out)
@@ -81,6 +84,8 @@ def prepare(
     architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     require_ties(reader, architecture.tied)
     recipe = recipe_named(method) if isinstance(method, str) else method
+    if imatrix is not None:
+        require_weighable(recipe)
     for transform in recipe.transforms:
         if isinstance(transform, Rotate):
             reader = RotatedReader(reader, transform)
@@ -94,6 +99,8 @@ def prepare(
         gguf=target.name == "gguf",
     )
     plan = rules.plan([PlanTensor(p.name, p.role.value, p.shape, dtype_of(reader, p.source)) for p in pieces])
+    weighed = None if imatrix is None else weighing(Path(imatrix), target, architecture, reader, pieces)
+    plan = weighed.noted(plan) if weighed else plan
     metadata, extras, dropped = reader.config, dict[str, tuple[float, ...]](), dict[str, str]()
     if target.name == "gguf":
         metadata, extras = gguf_metadata(reader.config, source, pre=pretokenizer), gguf_extras(reader.config)
@@ -121,6 +128,7 @@ def prepare(
         recipe=recipe,
         method=streamed,
         rounded=rounded,
+        weighing=weighed,
         scales=scales,
     )
 
