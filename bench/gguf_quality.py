@@ -118,8 +118,7 @@ class Judge:
     def run(self, tool: str, *args: str | Path) -> str:
         """A tool's output. Ends the program with the tool's last words if it fails."""
         command = [str(self.binaries / tool), *map(str, args)]
-        # Threads that spin at the end of a run may keep the one that prints from doing so (see `_statistics`).
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(self.binaries), "OMP_WAIT_POLICY": "passive"}
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(self.binaries)}
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-2000:]}")
@@ -149,7 +148,7 @@ class Judge:
 
     def _statistics(self, file: Path) -> str:
         """What llama-perplexity says of a file. On a busy machine it may end before its last lines are printed (a
-        thread of its own prints them): then it is asked again.
+        thread of its own prints them, and is not waited for: llama.cpp issue 22142): then it is asked again.
         """
         compared = ("--kl-divergence", *self._size())
         for _ in range(ATTEMPTS):
