@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fewbits.evals import evaluate
     from fewbits.formats import FORMATS, Format, QTensor, format_named
     from fewbits.methods import METHODS, quantize_tensor
-    from fewbits.pipeline import Calibration, quantize, verify
-    from fewbits.results import Evaluation, Quantization, TensorReport, Verification
+    from fewbits.pipeline import Calibration, imatrix, quantize, verify
+    from fewbits.results import Evaluation, ImportanceReport, Quantization, TensorReport, Verification
 
 _ROOMS = {
     "FORMATS": "formats",
@@ -33,12 +33,14 @@ _ROOMS = {
     "FewbitsError": "errors",
     "Format": "formats",
     "QTensor": "formats",
+    "ImportanceReport": "results",
     "Quantization": "results",
     "TensorReport": "results",
     "Verification": "results",
     "evaluate": "evals",
     "format_named": "formats",
     "formats": "formats",
+    "imatrix": "pipeline",
     "load": "engine",
     "quantize": "pipeline",
     "quantize_tensor": "methods",
@@ -52,6 +54,7 @@ __all__ = [
     "Evaluation",
     "FewbitsError",
     "Format",
+    "ImportanceReport",
     "QTensor",
     "Quantization",
     "TensorReport",
@@ -59,6 +62,7 @@ __all__ = [
     "evaluate",
     "format_named",
     "formats",
+    "imatrix",
     "load",
     "quantize",
     "quantize_tensor",

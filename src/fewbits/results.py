@@ -57,6 +57,17 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True)
+class ImportanceReport:
+    """What `fewbits.imatrix` wrote. tensors: the matrices in it. calibration: the text, none held out."""
+
+    source: str
+    output: str
+    tensors: tuple[str, ...]
+    calibration: CalibrationReport
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Trial:
     """A recipe that was tried. held_out_kld: nats per token on held-out text, None if it did not come to an end; note
     says why, or how it was run. seconds: that it took.

@@ -81,3 +81,14 @@ def test_a_path_with_brackets_is_printed_as_it_is(
     assert "out[bold]" in said(capsys, "quantize", str(llama), out, "--no-verify")
     assert "out[bold]" in said(capsys, "inspect", out)
     assert "out[bold]" in said(capsys, "verify", out, "--no-logits")
+
+
+def test_an_importance_matrix_is_made_and_used(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    matrix, out = str(tmp_path / "im.gguf"), str(tmp_path / "out.gguf")
+    small = ("--windows", "2", "--length", "16")
+    text = said(capsys, "imatrix", str(llama), matrix, *small)
+    assert "importance of the columns of 15 matrices" in text
+    assert "2 windows of 16 tokens" in text
+    text = said(capsys, "quantize", str(llama), out, "--format", "q4_0", "--imatrix", matrix)
+    assert "token_embd.weight: its columns count alike, because im.gguf has no entry for it" in text
+    assert len(parsed(capsys, "imatrix", str(llama), str(tmp_path / "other.gguf"), *small)["tensors"]) == 15

@@ -72,8 +72,9 @@ def test_the_file_is_the_folder_it_was_made_of(tmp_path, kind):
         assert (a.name, a.tensor_type, bytes(a.data)) == (b.name, b.tensor_type, bytes(b.data))
 
 
-def test_gptq_makes_the_same_bytes_of_both(tmp_path, llama):
-    for source, out in zip(llama, "ab", strict=True):
+def test_gptq_makes_the_same_bytes_of_both(tmp_path):
+    """Of a model without rotary factors: those come back from the file rounded, by 2^-24, and a code may turn on that."""
+    for source, out in zip(made(tmp_path, "mistral"), "ab", strict=True):
         fewbits.quantize(source, tmp_path / f"{out}.gguf", format="q4_0", method="gptq", calibration=DRAWN, threads=2)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 

@@ -22,12 +22,25 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fewbits.cli import demo, evaluate, explain, formats, gguf, inspect, memory, methods, plan, quantize, verify
+from fewbits.cli import (
+    demo,
+    evaluate,
+    explain,
+    formats,
+    gguf,
+    imatrix,
+    inspect,
+    memory,
+    methods,
+    plan,
+    quantize,
+    verify,
+)
 from fewbits.cli._print import EXIT_CODES, console, error, printed
 from fewbits.errors import FewbitsError, QualityError, VerificationError
 from fewbits.results import as_json
 
-VERBS = (plan, quantize, verify, evaluate, inspect, formats, methods, memory, explain, gguf, demo)
+VERBS = (plan, quantize, verify, evaluate, imatrix, inspect, formats, methods, memory, explain, gguf, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

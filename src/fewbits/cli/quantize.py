@@ -71,6 +71,11 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     add_budget(planning)
     planning.add_argument("--target", choices=("gguf", "vllm", "cpu"), help="what will run it, for a budget")
     parser.add_argument("--minutes", type=float, help="that --method auto may take (default 30)")
+    parser.add_argument(
+        "--imatrix",
+        metavar="FILE",
+        help="llama.cpp's importance matrix (see `fewbits imatrix`): rtn weighs its errors by it, and nothing runs",
+    )
     _add_calibration(parser.add_argument_group("calibration", "for methods that run the model on text"))
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores (%(default)s here)")
     parser.add_argument("--no-verify", action="store_true", help="do not read the files back with another decoder")
@@ -133,6 +138,7 @@ def run(args: argparse.Namespace) -> Quantization:
             minutes=args.minutes,
             calibration=calibration,
             weigh=args.calibration is not None,
+            imatrix=args.imatrix,
             inputs=args.inputs,
             cache=args.kv_cache,
             kind=args.kind,

@@ -11,6 +11,7 @@ stored with the range's scale in the end (`Grouped.least_error`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ def inverse(scale: Tensor) -> Tensor:
 
 def weighted_sum(x: Tensor, y: Tensor, importance: Tensor | None, room: Tensor | None = None) -> Tensor:
     """Σ h·x·y over the last dimension; room, in the shape of x, is written to."""
-    product = torch.mul(x, y, out=room)
-    return (product if importance is None else product.mul_(importance)).sum(-1)
+    xy = torch.mul(x, y, out=room)
+    return (xy if importance is None else xy.mul_(importance)).sum(-1)
 
 
 def best_scale(
@@ -67,20 +68,26 @@ def _solved(
 
 
 def best_affine(
-    x: Tensor, low: Tensor, high: Tensor, top: int, factors: Sequence[float], importance: Tensor | None
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    top: int,
+    factors: Sequence[float],
+    importance: Tensor | None,
+    anchors: Sequence[float] = (0.5,),
 ) -> tuple[Tensor, Tensor]:
     """Least-squares (scale, offset) of every group of x [..., g] for values scale·q + offset, q in 0..top.
 
-    Starts from the range [low, high] of each group, shrunk by each factor about its centre, and solves the 2x2 normal
-    equations for the codes found there.
+    Starts from the range [low, high] of each group, shrunk by each factor about each anchor (0 is its low end, 0.5 its
+    centre, 1 its high end), and solves the 2x2 normal equations for the codes found there.
     """
     h = torch.ones_like(x) if importance is None else importance.expand_as(x)
     sh, sx = h.sum(-1), (h * x).sum(-1)
-    centre, half = (high + low) / 2, (high - low) / 2
+    reach = high - low
     best_s, best_o = (high - low) / top, low.clone()
     best_error = torch.full_like(low, torch.inf)
-    for factor in factors:
-        scale, offset = 2 * half * factor / top, centre - half * factor
+    for anchor, factor in product(anchors, factors):
+        scale, offset = reach * factor / top, low + reach * (anchor * (1 - factor))
         q = ((x - offset.unsqueeze(-1)) * inverse(scale).unsqueeze(-1)).round_().clamp_(0, top)
         sq, sqq, sxq = (h * q).sum(-1), (h * q * q).sum(-1), (h * x * q).sum(-1)
         det = sh * sqq - sq * sq

@@ -145,7 +145,7 @@ class ScaledBlocks(SuperBlock):
         plain = self._two_levels(start, None, (1.0,))
         if not search:
             return plain
-        reach = [1.08 - 0.05 * i for i in range(10)]
+        reach = [1.4 - 0.05 * i for i in range(20)]  # past 1 the largest weight gets a level that is nearer to zero
         scale = best_scale(x, start, [*reach, *(-f for f in reach)], self.nearest, h)
         v = self.nearest(x * inverse(scale).unsqueeze(-1))
         weight = weighted_sum(v, v, h)
@@ -252,8 +252,7 @@ class OffsetBlocks(SuperBlock):
         plain = self._two_levels((high - low) / self.highest, -low)
         if not search:
             return plain
-        factors = [1.05 - 0.05 * i for i in range(10)]
-        scale, offset = best_affine(x, low, high, self.highest, factors, h)
+        scale, offset = best_affine(x, low, high, self.highest, self._reach, h, anchors=(0.0, 0.5, 1.0))
         weights = self._sums(x, h, scale, -offset)
         scale, minimum = scale.clamp_min_(0), -offset.clamp_max_(0)
         found = self._two_levels(scale, minimum, (weights.qq, weights.h))
@@ -261,6 +260,11 @@ class OffsetBlocks(SuperBlock):
             found = self.least(x, h, [found, *self._neighbours(x, h, found)], (-1,))
             found = self.least(x, h, [found, self._refactored(x, h, found)], (-2, -1))
         return self.least(x, h, [plain, found], (-2, -1))
+
+    @property
+    def _reach(self) -> list[float]:
+        """Factors of the range: those under which it is up to one step wider or narrower than the codes reach."""
+        return [self.highest / (self.highest + i / 3) for i in range(-3, 4)]
 
     def _two_levels(self, scale: Tensor, minimum: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> Params:
         """Factors and steps nearest to real scales and minima [..., S, n], whose squared errors weigh so much."""

@@ -22,6 +22,7 @@ from fewbits.pipeline._gguf_source import GgufSource
 from fewbits.pipeline._rotated import RotatedReader
 from fewbits.pipeline._solved import Solved
 from fewbits.pipeline._source import cut, dtype_of, local_folder, open_source, require_ties
+from fewbits.pipeline._weighing import Weighing, require_weighable, weighing
 from fewbits.plan.rules import Plan, Rules, parse
 from fewbits.plan.rules import Tensor as PlanTensor
 from fewbits.results import CalibrationReport, Trial
@@ -50,6 +51,7 @@ class Job:
     recipe: Recipe
     method: TensorMethod  # of what is not solved block by block
     rounded: Rounded
+    weighing: Weighing | None = None  # of what is not solved block by block
     scales: tuple[Entry, ...] = ()  # static scales, which the blocks are to find
     solved: Solved | None = None
     calibrated: CalibrationReport | None = None
@@ -74,6 +76,7 @@ def prepare(
     pretokenizer: str | None,
     inputs: str | None,
     cache: str | None,
+    imatrix: str | Path | None = None,
     planned: Mapping[str, Format] | None = None,
 ) -> Job:
     """Open the source and decide every tensor's fate; nothing is written. planned: tensor -> format, of a plan."""
@@ -86,6 +89,8 @@ def prepare(
     architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     require_ties(reader, architecture.tied)
     recipe = recipe_named(method) if isinstance(method, str) else method
+    if imatrix is not None:
+        require_weighable(recipe)
     for transform in recipe.transforms:
         if isinstance(transform, Rotate):
             reader = RotatedReader(reader, transform)
@@ -106,6 +111,8 @@ def prepare(
         planned=planned,
     )
     plan = rules.plan(planned_for(pieces, reader))
+    weighed = None if imatrix is None else weighing(Path(imatrix), target, architecture, reader, pieces)
+    plan = weighed.noted(plan) if weighed else plan
     streamed = recipe.solver if recipe.streams else METHODS["rtn"]
     assert isinstance(streamed, TensorMethod)
     tensors = tuple(_entry(piece, plan, target, rounding) for piece in pieces)
@@ -131,6 +138,7 @@ def prepare(
         recipe=recipe,
         method=streamed,
         rounded=rounded,
+        weighing=weighed,
         scales=scales,
     )
 

@@ -29,6 +29,7 @@ from fewbits.plan.targets import target_named
 from fewbits.results import Estimate, Quantization
 
 BAR = 10_000  # steps of the progress bar
+_NO_TEXT = "an importance matrix stands for a text that the model runs on, and {what}; leave out one of the two"
 
 
 def quantize(
@@ -39,6 +40,7 @@ def quantize(
     method: str | Recipe | Auto = "rtn",
     calibration: str | Path | Calibration | None = None,
     weigh: bool | None = None,
+    imatrix: str | Path | None = None,
     minutes: float | None = None,
     inputs: str | None = None,
     cache: str | None = None,
@@ -61,6 +63,7 @@ def quantize(
     (default 30) and keeps the best. calibration: the text that methods which measure
     inputs run on, a file or `self` (written by the model; the default for them); weigh: whether a method that
     can do without runs on it too, to weigh errors by what they do to outputs (None: if a calibration is given).
+    imatrix: an importance matrix of llama.cpp's to weigh them by instead (see `fewbits.imatrix`); then nothing runs.
     inputs: what the inputs of linear layers are rounded to as the model runs (`int8-token`, `fp8-static` …; see
     `formats.ACTIVATIONS`); cache: `int8` or `fp8` for keys and values.
     overrides: regular expression -> format (or "keep"), for tensors of the output whose name it is found in.
@@ -88,12 +91,17 @@ def quantize(
         inputs=inputs,
         cache=cache,
         planned=None if plan is None else plan.tensors(),
+        imatrix=imatrix,
     )
+    weigh = calibration is not None if weigh is None else weigh
+    if imatrix is not None and (weigh or auto):
+        raise UnsupportedError(_NO_TEXT.format(what="method auto needs one" if auto else "a calibration is given"))
     job = make(method=first)
+    if imatrix is not None and job.rounded.observed:
+        raise UnsupportedError(_NO_TEXT.format(what="static scales are found on one"))
     began = time.monotonic()
     threads = threads or os.cpu_count() or 1
     given = calibration if isinstance(calibration, Calibration) else Calibration(calibration or "self")
-    weigh = calibration is not None if weigh is None else weigh
     need = estimate(job.entries, job.method, threads, PART, decoder=job.kind.decoder if prove else None)
     calibrated = weigh or job.rounded.observed or not job.recipe.streams
     ready = make_ready(job, given) if calibrated and not auto else None

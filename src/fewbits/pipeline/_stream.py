@@ -125,7 +125,7 @@ def _quantized(job: Job, piece: Piece, w: torch.Tensor, format: Format) -> QTens
         if isinstance(format, Float):
             params = format.fit(w)
             return QTensor(format, format.round(w, params), params)
-        return job.method.quantize(w.float(), format, {})
+        return job.method.quantize(w.float(), format, job.weighing.statistics(piece.name) if job.weighing else {})
     except FormatError as error:
         raise FormatError(f"{piece.name}: {_not_finite(job, piece) or error}") from error
 
@@ -225,6 +225,7 @@ def ledger_document(job: Job, ledger: tuple[TensorReport, ...]) -> dict[str, Any
         "kind": job.kind.name,
         "method": job.method_name,
         "calibration": None if job.calibrated is None else asdict(job.calibrated),
+        "imatrix": None if job.weighing is None else job.weighing.file,
         "torch": torch.__version__,
         "tensors": [{key: value for key, value in asdict(report).items() if value is not None} for report in ledger],
     }
