@@ -40,11 +40,12 @@ def main() -> None:
     made = plan(args.model, Budget(bpw=4.5), calibration=calibration, method=args.method)
     print("corrections", {role: round(factor, 2) for role, factor in made.corrections.items()})
     print("   MB   bits  predicted   measured  ratio")
-    found = []
+    found, formats = [], []
     for seed in range(args.plans):
         drawn = randomly(made, random.Random(seed))
         measured = divergence(args.model, drawn, calibration, args.text)
         found.append((drawn.nbytes, drawn.divergence, measured))
+        formats.append(dict(drawn.formats))
         ratio = drawn.divergence / measured
         sizes = f"{drawn.nbytes / 1e6:5.2f}  {drawn.bits_per_weight:5.2f}"
         print(f"{sizes}  {drawn.divergence:9.3e}  {measured:9.3e}  {ratio:5.2f}", flush=True)
@@ -53,7 +54,7 @@ def main() -> None:
     print(f"predicted / measured: {min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f}")
     print(f"rank correlation: {rank:.3f}")
     if args.json:
-        args.json.write_text(json.dumps({"plans": found, "rank": rank}))
+        args.json.write_text(json.dumps({"plans": found, "rank": rank, "formats": formats}))
 
 
 def randomly(made: Planned, draw: random.Random) -> Planned:

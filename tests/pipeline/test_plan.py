@@ -24,6 +24,9 @@ from fewbits.stats import Curvature
 BUNDLED = Path(fewbits.__file__).parent / "bundled" / "tiny"
 
 
+CANDIDATES = ("q2_k", "q3_k", "q4_k", "q6_k", "q8_0")
+
+
 def of_bundled(windows: int = 24, length: int = 64) -> Calibration:
     """Text that the model writes: the tests need no other."""
     return Calibration("self", windows=windows, length=length, held_out=4, limit=100.0)
@@ -31,7 +34,7 @@ def of_bundled(windows: int = 24, length: int = 64) -> Calibration:
 
 @pytest.fixture(scope="module")
 def planned() -> Planned:
-    return plan(BUNDLED, Budget(bpw=5.0), calibration=of_bundled(), candidates=("q2_k", "q3_k", "q4_k", "q6_k", "q8_0"))
+    return plan(BUNDLED, Budget(bpw=5.0), calibration=of_bundled(), candidates=CANDIDATES)
 
 
 def test_what_is_written_is_what_was_planned(planned: Planned, tmp_path: Path) -> None:
@@ -53,7 +56,7 @@ def test_what_is_written_is_what_was_planned(planned: Planned, tmp_path: Path) -
 
 def test_more_bits_are_expected_to_cost_less(planned: Planned) -> None:
     for unit in planned.table.units:
-        costs = [unit.option(f).divergence for f in ("q2_k", "q3_k", "q4_k", "q6_k", "q8_0")]
+        costs = [unit.option(f).divergence for f in CANDIDATES]
         assert costs == sorted(costs, reverse=True), unit.name
         assert unit.options[-1].divergence == 0  # kept
 

@@ -60,6 +60,7 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--length", type=int, default=256, help="tokens in a window (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda (default %(default)s)")
     parser.add_argument("--no-probes", action="store_true", help="do not correct predictions by true divergences")
+    parser.add_argument("--no-trial", action="store_true", help="nor by a trial of the plan, half of the time")
     parser.add_argument("--explain", metavar="REGEX", help="say why tensors got their formats, and what more would buy")
     parser.add_argument(
         "--frontier",
@@ -124,6 +125,7 @@ def run(args: argparse.Namespace) -> Made:
                 and Calibration(text=text, windows=args.windows, length=args.length, device=args.device),
                 candidates=args.formats and args.formats.split(","),
                 probe=not args.no_probes,
+                trial=not args.no_trial,
                 progress=progress,
             )
     write_plan(found, args.out)
@@ -194,6 +196,8 @@ def show(made: Made, console: Console) -> None:
     )
     measured = f"measured on {plan.measured_on}" if plan.measured_on else "by rules of thumb: give --calibration text"
     console.print(f"costs {measured}{_corrected(plan.corrections)}", markup=False)
+    if plan.trial is not None:
+        console.print(f"and by a trial of a whole plan: ×{number(plan.trial, 2)}", markup=False)
     for found in made.explained:
         _explain(found, plan, console)
     if made.points:

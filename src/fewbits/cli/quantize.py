@@ -166,7 +166,15 @@ def _planned(args: argparse.Namespace, calibration: Calibration, progress: Progr
     target = args.target or ("gguf" if args.out.endswith(".gguf") else "vllm")
     method = args.method or "gptq"
     text = None if args.preset else calibration  # which says the formats itself
-    return plan(args.model, budget_of(args), target=target, method=method, calibration=text, progress=progress)
+    return plan(
+        args.model,
+        budget_of(args),
+        target=target,
+        method=method,
+        calibration=text,
+        trial=args.max_kld is not None,  # otherwise what follows is one
+        progress=progress,
+    )
 
 
 def _override(text: str) -> tuple[str, str]:

@@ -50,7 +50,7 @@ class Guard:
         count = len(self._model.layers)
         if index < count - 1 and (index + 1) % -(-count // CHECKS):
             return
-        divergence = self.measure(index, held, GLANCE) if index < count - 1 else torch.inf
+        divergence = self.measure(index, held, GLANCE) if index < count - 1 else torch.nan  # then on all windows
         if not divergence <= self._limit:
             divergence = self.measure(index, held)
         if not divergence <= self._limit:

@@ -1,34 +1,36 @@
-"""From a model and a budget to a plan: measure what each format of each matrix costs, correct it by probes, choose."""
+"""From a model and a budget to a plan: measure what each format of each matrix costs, correct it by probes, choose.
+
+Two kinds of true divergence correct what curvature predicts. Probes (`_probe`) try the matrices of each role alone. A
+trial runs the whole method with the formats that were chosen, as `quantize` will: matrices that are solved behind
+others make up for a part of their errors, which no single matrix shows (a fifth or so with gptq). Its ratio to the
+expected divergence scales the whole table.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from fewbits.engine import fast_float32
 from fewbits.errors import UnsupportedError
-from fewbits.formats import Float, Format, QTensor, format_named
+from fewbits.formats import Format, QTensor, format_named
 from fewbits.methods import METHODS, TensorMethod
 from fewbits.models import Role, cache_shape
 from fewbits.pipeline._blocks import SolvedBlock, Work
-from fewbits.pipeline._calibrate import Calibration, make_work, read_text
-from fewbits.pipeline._job import Job, planned_for, prepare
+from fewbits.pipeline._calibrate import Calibration, make_ready, make_work, read_text, solving, text_of
+from fewbits.pipeline._job import Job, prepare
 from fewbits.pipeline._journal import Journal
+from fewbits.pipeline._options import add_options, mixture_named, mixtures_of, options_of, table_of, within_table
 from fewbits.pipeline._probe import PROBE, Probes, corrections, role_of
 from fewbits.pipeline._sensitivity import Costs, Trying, measure_costs
 from fewbits.pipeline._thumb import costs_by_thumb
 from fewbits.plan.planned import Budget, Planned, chosen
-from fewbits.plan.presets import PRESETS, preset_formats, preset_named
-from fewbits.plan.rules import Choice as TensorChoice
-from fewbits.plan.solve import Choice
-from fewbits.plan.table import Option, Table, Unit
-from fewbits.plan.targets import Model, Target, target_named
+from fewbits.plan.rules import Choice
+from fewbits.plan.targets import Model, target_named
 
 Progress = Callable[[int, int, str], None]
 PROBED_BITS = 3.0
@@ -44,21 +46,24 @@ def plan(
     calibration: str | Path | Calibration | None = "self",
     candidates: Sequence[str] | None = None,
     probe: bool = True,
+    trial: bool = True,
     progress: Progress | None = None,
 ) -> Planned:
     """Which format each tensor should have, for the least divergence within a budget.
 
-    model: a Hugging Face folder, or a hub name. target: the engine that is to run it (`plan.targets`). method: that the
-    plan will be quantized with. calibration: text that costs are measured on, a file or `self` (written by the model);
-    None measures nothing and goes by rules of thumb. candidates: formats, by default the target's. probe: whether
-    predictions are corrected by true divergences. Raises a FewbitsError, UnsupportedError if nothing fits the budget.
+    model: a Hugging Face folder or GGUF file, or a hub name. target: the engine that is to run it (`plan.targets`).
+    method: that the plan will be quantized with. calibration: text that costs are measured on, a file or `self`
+    (written by the model); None measures nothing and goes by rules of thumb. candidates: formats, by default the
+    target's. probe: whether the table is corrected by true divergences of the matrices of each role; trial: and by
+    that of the chosen formats, all quantized, which takes about as long as `quantize` will.
+    Raises a FewbitsError, UnsupportedError if nothing fits the budget.
     """
     engine = target_named(target)
     formats = [format_named(name) for name in candidates or engine.candidates]
-    out = Path("plan.gguf" if engine.kind == "gguf" else "plan")
-    job = prepare(
+    make = partial(
+        prepare,
         model,
-        out,
+        Path("plan.gguf" if engine.kind == "gguf" else "plan"),
         format=formats[0],
         method=method,
         kind=engine.kind,
@@ -68,70 +73,53 @@ def plan(
         inputs=None,
         cache=None,
     )
-    choices = options_of(job, formats, engine)
-    mixtures = mixtures_of(job, imatrix=calibration is not None)
-    if budget.preset is not None:
-        _add_options(choices, _mixture(mixtures, budget.preset))
+    job = make()
+    choices, mixtures = options_of(job, formats, engine), mixtures_of(job, imatrix=calibration is not None)
+    mixture = None if budget.preset is None else mixture_named(mixtures, budget.preset)
+    if mixture is not None:
+        add_options(choices, mixture)
     given = calibration if isinstance(calibration, Calibration) or calibration is None else Calibration(calibration)
     if given is None:
-        costs, factors, text = costs_by_thumb(job, choices), dict[str, float](), None
+        costs, factors = costs_by_thumb(job, choices), dict[str, float]()
     else:
+        given = replace(given, text=text_of(job.reader, given), limit=float("inf"))
         with fast_float32(given.device):
-            costs, factors, text = _measured(job, choices, given, probe, progress)
+            costs, factors = _measured(job, choices, given, probe, progress)
     table = table_of(job, choices, costs, factors, engine)
-    weights = sum(entry.weights for entry in job.entries)
-    overhead = engine.process(_shape(job, budget.context))
-    return Planned(
+    weights, overhead = sum(e.weights for e in job.entries), engine.process(_shape(job, budget.context))
+    made = Planned(
         model=job.source.name,
         target=engine.name,
         method=method,
         budget=budget,
         table=table,
-        formats=_mixture(mixtures, budget.preset) if budget.preset else chosen(table, budget, weights, overhead),
+        formats=mixture or chosen(table, budget, weights, overhead),
         weights=weights,
         overhead=overhead,
-        measured_on=text,
+        measured_on=None if given is None else text_of(job.reader, given).description,
         corrections=factors,
-        presets=_within_table(table, mixtures),
+        presets=within_table(table, mixtures),
     )
+    return made if given is None or not trial else _tried(make, made, given, progress)
 
 
-def mixtures_of(job: Job, *, imatrix: bool) -> dict[str, Choice]:
-    """Name of a preset -> tensor -> format; none for other files than GGUF and for models with experts."""
-    if job.kind.name != "gguf":
-        return {}
-    tensors, found = planned_for(job.pieces, job.reader), dict[str, dict[str, str]]()
-    for name in PRESETS:
-        with suppress(UnsupportedError):
-            formats = preset_formats(name, tensors, job.reader.config, imatrix=imatrix)
-            found[name] = {tensor: format.name for tensor, format in formats.items()}
-    return found
-
-
-def _mixture(mixtures: Mapping[str, Choice], preset: str) -> Choice:
-    preset_named(preset)
-    name = preset.upper()
-    if name not in mixtures:
-        raise UnsupportedError(f"preset {name}: presets are for GGUF files of models without experts; give a budget")
-    return mixtures[name]
-
-
-def _add_options(choices: dict[str, list[TensorChoice]], mixture: Choice) -> None:
-    """Let every tensor have the format that a preset gives it."""
-    for tensor, format in mixture.items():
-        if format not in [choice.format.name for choice in choices.get(tensor, [])]:
-            choices.setdefault(tensor, []).append(TensorChoice(format_named(format)))
-
-
-def _within_table(table: Table, mixtures: Mapping[str, Choice]) -> dict[str, tuple[int, float]]:
-    """Name -> bytes and divergence of the presets all of whose formats are in the table."""
-    options = {unit.name: {option.format for option in unit.options} for unit in table.units}
-    fitting = {
-        name: mixture
-        for name, mixture in mixtures.items()
-        if mixture.keys() == options.keys() and all(f in options[unit] for unit, f in mixture.items())
-    }
-    return {name: (table.nbytes(mixture), table.divergence(mixture)) for name, mixture in fitting.items()}
+def _tried(make: Callable[..., Job], made: Planned, calibration: Calibration, progress: Progress | None) -> Planned:
+    """The plan with its table scaled to what a trial of its formats measures; chosen anew where that matters."""
+    job = make(planned=made.tensors())
+    if not job.recipe.calibrated or not any(choice.quantized for choice in job.plan.values()):
+        return made
+    with (
+        tempfile.TemporaryDirectory(prefix="fewbits-plan-") as folder,
+        fast_float32(calibration.device),
+        solving(job, make_ready(job, calibration), progress, Path(folder) / "trial") as run,
+    ):
+        found = run
+        for finisher in job.recipe.finishers:
+            found = found.finish(finisher)
+    if not found.divergence or not made.divergence:
+        return made
+    scaled = made.scaled(found.divergence / made.divergence)
+    return scaled if made.budget.max_kld is None else scaled.within(made.budget)
 
 
 def _shape(job: Job, context: int) -> Model:
@@ -148,59 +136,14 @@ def _shape(job: Job, context: int) -> Model:
     return Model(hidden, widest or 8 * hidden, projected, vocabulary, context, cached)
 
 
-def options_of(job: Job, formats: Sequence[Format], target: Target) -> dict[str, list[TensorChoice]]:
-    """Tensor -> what it can be: each candidate in which the file can hold it (or what takes its place), or kept."""
-    tensors = planned_for(job.pieces, job.reader)
-    found: dict[str, dict[str, TensorChoice]] = defaultdict(dict)
-    for format in formats:
-        rules = replace(job.rules, format=format, vocabulary=format if target.vocabulary else None)
-        for name, choice in rules.plan(tensors).items():
-            if choice.quantized:
-                found[name][choice.format.name] = choice
-    for tensor in tensors:
-        if tensor.name in found:
-            kept = Float(tensor.dtype)
-            found[tensor.name][kept.name] = TensorChoice(kept)
-    return {name: list(choices.values()) for name, choices in found.items()}
-
-
-def table_of(
-    job: Job, choices: Mapping[str, Sequence[TensorChoice]], costs: Costs, factors: Mapping[str, float], target: Target
-) -> Table:
-    """The table of all units. Raises UnsupportedError where tensors that must be alike have no format in common."""
-    shapes = {piece.name: piece.shape for piece in job.pieces}
-    members: dict[str, list[str]] = defaultdict(list)
-    for name in choices:
-        members[target.unit_of(name)].append(name)
-    units = []
-    for unit, names in members.items():
-        formats = {c.format.name: c.format for c in choices[names[0]]}
-        common = [f for f in formats if all(f in [c.format.name for c in choices[name]] for name in names)]
-        if not common:
-            raise UnsupportedError(f"{', '.join(names)} must be in one format, and there is none that holds them all")
-        options = [
-            Option(
-                f,
-                sum(job.kind.file_bytes(formats[f], shapes[name]) for name in names),
-                sum(costs[name].get(f, 0.0) * factors.get(role_of(name), 1.0) for name in names),
-            )
-            for f in common
-        ]
-        weights = sum(torch.Size(shapes[name]).numel() for name in names)
-        units.append(Unit(unit, tuple(names), weights, tuple(options)))
-    chosen_for = set(choices)
-    rest = sum(job.kind.file_bytes(e.format, e.shape) for e in job.entries if e.name not in chosen_for)
-    return Table(tuple(units), rest + job.kind.header_bytes(job.entries, job.metadata))
-
-
 def _measured(
     job: Job,
-    choices: Mapping[str, Sequence[TensorChoice]],
+    choices: Mapping[str, Sequence[Choice]],
     calibration: Calibration,
     probe: bool,
     progress: Progress | None,
-) -> tuple[Costs, dict[str, float], str]:
-    """(costs, corrections by role, the text's name)."""
+) -> tuple[Costs, dict[str, float]]:
+    """(costs, corrections by role)."""
     work, _ = make_work(job, calibration)
     windows, held = read_text(job.reader, calibration)
     candidates = {name: [c.format for c in found if c.quantized] for name, found in choices.items()}
@@ -221,7 +164,7 @@ def _measured(
         factors = {}
         if probe and held is not None:
             factors = _factors(work, Probes(work, journal, held.ids).divergences(), costs, probes)
-    return costs, factors, windows.description
+    return costs, factors
 
 
 def _factors(work: Work, measured: Mapping[str, float], costs: Costs, probes: Mapping[str, Format]) -> dict[str, float]:

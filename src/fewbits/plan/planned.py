@@ -55,7 +55,8 @@ class Planned:
     formats: unit -> format. weights: of the whole model. overhead: bytes that the process which runs it needs beside
     the file, at the budget's context. measured_on: the text of the table's figures, None for rules of thumb.
     corrections: role -> measured over predicted divergence, by which the table's figures were multiplied. presets:
-    name of a mixture of llama.cpp's -> bytes and expected divergence of the model in it, solved as the plan is.
+    name of a mixture of llama.cpp's -> bytes and expected divergence of the model in it, solved as the plan is. trial:
+    measured over expected divergence of these formats, by which the whole table was multiplied; None without one.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Planned:
     measured_on: str | None
     corrections: Mapping[str, float]
     presets: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    trial: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -96,6 +98,15 @@ class Planned:
     def within(self, budget: Budget) -> Planned:
         """The same table within another budget."""
         return replace(self, budget=budget, formats=chosen(self.table, budget, self.weights, self.overhead))
+
+    def scaled(self, factor: float) -> Planned:
+        """The same with all divergences times what a trial found."""
+        units = tuple(
+            replace(unit, options=tuple(replace(o, divergence=o.divergence * factor) for o in unit.options))
+            for unit in self.table.units
+        )
+        presets = {name: (nbytes, divergence * factor) for name, (nbytes, divergence) in self.presets.items()}
+        return replace(self, table=replace(self.table, units=units), presets=presets, trial=factor)
 
     def unit(self, name: str) -> Unit:
         """A unit by its name or a tensor's. Raises UnsupportedError for an unknown one."""
@@ -202,6 +213,7 @@ def _document(plan: Planned) -> str:
         "overhead": plan.overhead,
         "measured_on": plan.measured_on,
         "corrections": dict(plan.corrections),
+        "trial": plan.trial,
         "presets": {name: list(found) for name, found in plan.presets.items()},
     }
     units = [
@@ -239,5 +251,6 @@ def _plan(found: Any) -> Planned:
         overhead=int(found["overhead"]),
         measured_on=found["measured_on"],
         corrections={str(role): float(factor) for role, factor in found["corrections"].items()},
+        trial=None if found["trial"] is None else float(found["trial"]),
         presets={str(name): (int(n), float(d)) for name, (n, d) in found["presets"].items()},
     )
