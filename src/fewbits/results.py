@@ -95,7 +95,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What `fewbits.quantize` did. verified_with names the independent decoder that read the output back."""
+    """What `fewbits.quantize` did. verified_with names the independent decoder that read the output back; expected_kld
+    is the divergence that its plan expected, nats a token, None without a plan that was measured.
+    """
 
     source: str
     output: str
@@ -110,6 +112,7 @@ class Quantization:
     tensors: tuple[TensorReport, ...]
     calibration: CalibrationReport | None = None
     trials: tuple[Trial, ...] = ()
+    expected_kld: float | None = None
 
     @property
     def bits_per_weight(self) -> float:

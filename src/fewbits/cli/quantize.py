@@ -213,6 +213,8 @@ def show(result: Quantization, console: Console) -> None:
         console.print(table(("tried", ">nats from the original", ">seconds", ""), map(_trial, result.trials)))
     if result.calibration is not None:
         console.print(_calibrated(result.calibration), markup=False)
+    if result.expected_kld is not None:
+        console.print(f"the plan expected {number(result.expected_kld, 3)} nats", markup=False)
     proof = f"verified with {result.verified_with}" if result.verified_with else "not verified"
     console.print(f"{result.output} ({result.kind}), {proof}", markup=False)
 

@@ -22,6 +22,7 @@ from fewbits.pipeline._estimate import resident_memory
 from fewbits.pipeline._guard import CHECKS
 from fewbits.pipeline._measure import measured
 from fewbits.pipeline._streams import BATCH
+from fewbits.pipeline._vocabulary import WINDOWS, solver_for
 from fewbits.results import Estimate
 from fewbits.stats import AllSeen
 
@@ -30,6 +31,9 @@ HELD_COPIES = 4  # of the held-out windows' hidden states in memory
 BATCH_COPIES = 12  # of one batch's hidden states in memory while a block runs, those of wider layers included
 PARTS = 1.25  # runs, in all, up to the matrices of one step after the other, but for the last step's
 LIBRARIES = 128 << 20  # that torch and transformers take for themselves once a model runs
+WAY_BACK = 5  # runs through a block: forth, back with its run anew, and the predictions; measured
+PREDICTION_COPIES = 5  # of one window's predictions in memory
+MATRIX_COPIES = 4  # of the vocabulary's larger matrix in memory while it is solved
 SOLVER_COPIES = 6  # of what is solved at the same time, float32, in memory meanwhile; measured
 
 
@@ -43,11 +47,15 @@ def foresee(work: Work, ids: Tensor, held: int, memory: int) -> tuple[Estimate, 
     states = window * len(ids) * (2 if needs_original(work.recipe) else 1)
     spilled = states > memory
     size, seconds = _first_block(work, ids)
-    counted = sum(work.formats[name].nbytes(shape) for name, shape in _shapes(work).items())
+    counted = sum(work.formats[name].nbytes(shape) for name, shape in work.shapes.items())
+    vocabulary = _vocabulary(work, ids, window, seconds, memory)
     need = Estimate(
-        peak_memory=base + LIBRARIES + size + held * window * HELD_COPIES + (0 if spilled else states),
-        disk=counted + (states if spilled else 0),
-        seconds=_passes(work, len(ids), held) * seconds * len(ids) + _solving(work),
+        peak_memory=base
+        + LIBRARIES
+        + max(size + (0 if spilled else states), vocabulary.peak_memory)
+        + held * window * HELD_COPIES,
+        disk=counted + max(states if spilled else 0, vocabulary.disk),
+        seconds=_passes(work, len(ids), held) * seconds * len(ids) + _solving(work) + vocabulary.seconds,
     )
     return need, seconds * len(work.model.layers)
 
@@ -56,6 +64,29 @@ def needs_original(recipe: Recipe) -> bool:
     """Whether a method compares with what the original's blocks read or return."""
     methods = (*recipe.transforms, recipe.solver)
     return any(method.runs or "drift" in (*method.needs, *method.wants) for method in methods)
+
+
+def _vocabulary(work: Work, ids: Tensor, window: int, seconds: float, memory: int) -> Estimate:
+    """What solving embeddings and projection takes: windows of ids forth and back, with what every block read of them.
+
+    window: bytes of a window's hidden states; seconds: that it takes through a block.
+    """
+    if not work.vocabulary:
+        return Estimate(0, 0, 0.0)
+    windows, blocks = min(len(ids), WINDOWS), len(work.model.layers)
+    shapes = {name: work.shapes[name] for name in work.vocabulary}
+    states = (blocks + 1) * windows * window
+    predictions = 4 * ids.shape[1] * max(rows for rows, _ in shapes.values()) * PREDICTION_COPIES
+    weights = 4 * MATRIX_COPIES * max(rows * columns for rows, columns in shapes.values())
+    solving = sum(_seconds(solver_for(work, work.formats[name]), work.formats[name], *shapes[name]) for name in shapes)
+    spilled = states if states > memory else 0
+    peak = predictions + weights + states - spilled
+    return Estimate(peak, spilled, WAY_BACK * windows * blocks * seconds + solving)
+
+
+def _seconds(solver: TensorMethod, format: Format, rows: int, columns: int) -> float:
+    linear, quadratic = _sampled(solver, format)
+    return rows * (linear * columns + quadratic * columns**2) / (1 if solver.shares else torch.get_num_threads())
 
 
 def _first_block(work: Work, ids: Tensor) -> tuple[int, float]:
@@ -110,7 +141,7 @@ def _solving(work: Work) -> float:
     solver = work.recipe.solver
     if not isinstance(solver, TensorMethod):
         return 0.0
-    costs = {format: _sampled(solver, format) for format in set(work.formats.values())}
+    costs = {format: _sampled(solver, format) for format in {work.formats[name] for name in work.slots}}
     total = 0.0
     for name, (*_, n, k) in _shapes(work).items():
         linear, quadratic = costs[work.formats[name]]

@@ -133,6 +133,7 @@ def quantize(
         tensors=reports,
         calibration=job.calibrated,
         trials=job.trials,
+        expected_kld=plan.divergence if plan is not None and plan.measured_on else None,
     )
 
 
