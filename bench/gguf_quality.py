@@ -32,6 +32,8 @@ from transformers import AutoTokenizer
 
 import fewbits
 from fewbits.evals.text import beginning
+from fewbits.pipeline import make_plan
+from fewbits.plan.planned import Budget
 
 PRESETS = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 PURE = ("Q4_K", "Q3_K")
@@ -70,10 +72,7 @@ class Row:
 
 
 def calibrated(method: str) -> Make:
-    """Every matrix in the format that a pure file of llama.cpp's has, by a method that runs the model on the text.
-
-    The vocabulary lies outside of the blocks that such a run solves, so its columns count alike.
-    """
+    """Every matrix in the format that a pure file of llama.cpp's has, by a method that runs the model on the text."""
 
     def make(model: Path, out: Path, calibration: Path, limit: int, preset: str) -> None:
         text = fewbits.Calibration(calibration, WINDOWS, LENGTH)
@@ -99,10 +98,22 @@ def format_for(preset: str) -> str:
     return STANDS_FOR.get(preset, preset.lower())
 
 
+def planned(method: str) -> Make:
+    """A plan for a file no larger than the rival's, quantized with it."""
+
+    def make(model: Path, out: Path, calibration: Path, size: int, _: str) -> None:
+        text = fewbits.Calibration(calibration, windows=WINDOWS, length=LENGTH, limit=float("inf"))
+        made = make_plan(model, Budget(size=size), method=method, calibration=text, trial=False)
+        fewbits.quantize(model, out, plan=made, method=method, calibration=text)
+
+    return make
+
+
 OURS = (
     Ours("rtn", True, calibrated("rtn")),
     Ours("rtn, imatrix", True, weighed),
     Ours("gptq", True, calibrated("gptq")),
+    Ours("plan, gptq", False, planned("gptq")),
 )
 
 

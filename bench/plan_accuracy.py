@@ -20,7 +20,7 @@ from pathlib import Path
 from scipy.stats import spearmanr
 
 import fewbits
-from fewbits.pipeline import Calibration, plan
+from fewbits.pipeline import Calibration, make_plan
 from fewbits.plan.planned import Budget, Planned
 
 SPREAD = 1.5  # options up and down from a plan's coarseness
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     calibration = Calibration(args.calibration, limit=float("inf"))
-    made = plan(args.model, Budget(bpw=4.5), calibration=calibration, method=args.method)
-    print("corrections", {role: round(factor, 2) for role, factor in made.corrections.items()})
+    made = make_plan(args.model, Budget(bpw=4.5), calibration=calibration, method=args.method)
+    print("corrections", {role: round(factor, 2) for role, factor in made.corrections.items()}, "trial", made.trial)
     print("   MB   bits  predicted   measured  ratio")
     found, formats = [], []
     for seed in range(args.plans):

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from fewbits.evals import evaluate
     from fewbits.formats import FORMATS, Format, QTensor, format_named
     from fewbits.methods import METHODS, quantize_tensor
-    from fewbits.pipeline import Calibration, imatrix, quantize, verify
+    from fewbits.pipeline import Calibration, imatrix, make_plan, quantize, verify
+    from fewbits.plan.planned import Budget
     from fewbits.results import Evaluation, ImportanceReport, Quantization, TensorReport, Verification
 
 _ROOMS = {
     "FORMATS": "formats",
     "METHODS": "methods",
+    "Budget": "plan.planned",
     "Calibration": "pipeline",
     "Evaluation": "results",
     "FewbitsError": "errors",
@@ -42,6 +44,7 @@ _ROOMS = {
     "formats": "formats",
     "imatrix": "pipeline",
     "load": "engine",
+    "make_plan": "pipeline",
     "quantize": "pipeline",
     "quantize_tensor": "methods",
     "verify": "pipeline",
@@ -50,6 +53,7 @@ _ROOMS = {
 __all__ = [
     "FORMATS",
     "METHODS",
+    "Budget",
     "Calibration",
     "Evaluation",
     "FewbitsError",
@@ -64,6 +68,7 @@ __all__ = [
     "formats",
     "imatrix",
     "load",
+    "make_plan",
     "quantize",
     "quantize_tensor",
     "verify",

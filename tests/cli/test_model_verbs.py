@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import fewbits
 from fewbits.cli import main
 
 
@@ -15,6 +16,9 @@ from fewbits.cli import main
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "300")  # no sentence is broken
+
+
+TINY = str(Path(fewbits.__file__).parent / "bundled" / "tiny")
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
@@ -92,3 +96,39 @@ def test_an_importance_matrix_is_made_and_used(llama: Path, tmp_path: Path, caps
     text = said(capsys, "quantize", str(llama), out, "--format", "q4_0", "--imatrix", matrix)
     assert "token_embd.weight: its columns count alike, because im.gguf has no entry for it" in text
     assert len(parsed(capsys, "imatrix", str(llama), str(tmp_path / "other.gguf"), *small)["tensors"]) == 15
+
+
+def test_a_plan_is_made_explained_drawn_and_followed(tmp_path: Path, capsys) -> None:
+    """By rules of thumb, which need no text; another budget from the same file."""
+    plan, smaller, drawn, out = (str(tmp_path / name) for name in ("plan.json", "small.json", "f.svg", "m.gguf"))
+    assert main(["plan", TINY, "--bpw", "5", "--calibration", "none", "--out", plan]) == 0
+    text = capsys.readouterr().out
+    assert "bits a weight; expected" in text
+    assert "rules of thumb" in text
+    assert main(["plan", plan, "--explain", "attn_v", "--frontier", drawn]) == 0
+    text = capsys.readouterr().out
+    assert "blk.0.attn_v.weight" in text
+    assert "nats a MB" in text
+    assert "Q4_K_M" in text
+    assert Path(drawn).read_text().startswith("<?xml")
+    assert main(["plan", plan, "--size", "2.3MB", "--out", smaller]) == 0
+    assert main(["quantize", TINY, out, "--plan", smaller, "--method", "rtn-plain"]) == 0
+    assert Path(out).stat().st_size <= 2_300_000
+    assert main(["quantize", TINY, out + "2", "--plan", smaller, "--bpw", "4"]) == 3
+    assert "has a budget already" in capsys.readouterr().err
+    assert main(["plan", TINY, "--calibration", "none", "--out", plan + "2"]) == 3
+    assert "a budget of nothing" in capsys.readouterr().err
+    assert main(["plan", plan, "--explain", "no such"]) == 3
+
+
+def test_quantize_within_a_budget_and_by_preset(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "m.gguf"
+    assert main(["quantize", TINY, str(out), "--preset", "q4_k_m", "--method", "rtn-plain", "--json"]) == 0
+    formats = {t["name"]: t["format"] for t in json.loads(capsys.readouterr().out)["tensors"]}
+    assert formats["token_embd.weight"] == "q6_k"
+    assert formats["blk.0.attn_q.weight"] == "q4_k"
+    small = tmp_path / "small.gguf"
+    options = ["--size", "2.4MB", "--method", "gptq-fast", "--windows", "6", "--length", "32", "--max-divergence", "9"]
+    assert main(["quantize", TINY, str(small), *options]) == 0
+    assert small.stat().st_size <= 2_400_000
+    assert "the plan expected" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import fewbits
 from fewbits.checkpoint import open_checkpoint
 from fewbits.errors import UnsupportedError
 from fewbits.evals import Windows, kl_divergence
-from fewbits.pipeline import Calibration, plan
+from fewbits.pipeline import Calibration, make_plan
 from fewbits.pipeline._calibrate import make_work, read_text
 from fewbits.pipeline._job import prepare
 from fewbits.pipeline._sensitivity import drawn
@@ -34,7 +34,7 @@ def of_bundled(windows: int = 24, length: int = 64) -> Calibration:
 
 @pytest.fixture(scope="module")
 def planned() -> Planned:
-    return plan(BUNDLED, Budget(bpw=5.0), calibration=of_bundled(), candidates=CANDIDATES)
+    return make_plan(BUNDLED, Budget(bpw=5.0), calibration=of_bundled(), candidates=CANDIDATES)
 
 
 def test_what_is_written_is_what_was_planned(planned: Planned, tmp_path: Path) -> None:
@@ -68,18 +68,18 @@ def test_a_plan_beats_one_format_of_its_size(planned: Planned) -> None:
 
 
 def test_presets_are_plans(planned: Planned, tmp_path: Path) -> None:
-    made = plan(BUNDLED, Budget(preset="q4_k_m"), calibration=None)
+    made = make_plan(BUNDLED, Budget(preset="q4_k_m"), calibration=None)
     assert made.formats["token_embd.weight"] == "q6_k"
     assert made.formats["blk.0.attn_k.weight"] == "q4_k"
     fewbits.quantize(BUNDLED, tmp_path / "m.gguf", plan=made, prove=False)
     assert (tmp_path / "m.gguf").stat().st_size == made.nbytes
     assert "Q4_K_M" in planned.presets
     with pytest.raises(UnsupportedError, match="GGUF"):
-        plan(BUNDLED, Budget(preset="Q4_K_M"), target="vllm", calibration=None)
+        make_plan(BUNDLED, Budget(preset="Q4_K_M"), target="vllm", calibration=None)
 
 
 def test_without_text_bits_go_where_they_usually_matter() -> None:
-    made = plan(BUNDLED, Budget(bpw=4.5), calibration=None)
+    made = make_plan(BUNDLED, Budget(bpw=4.5), calibration=None)
     assert made.measured_on is None
     size = {"q2_k": 0, "q3_k": 1, "iq4_xs": 2, "q4_k": 3, "q5_k": 4, "q6_k": 5, "q8_0": 6, "fp16": 7}
     assert size[made.formats["blk.0.attn_v.weight"]] >= size[made.formats["blk.0.ffn_gate.weight"]]
@@ -89,7 +89,9 @@ def test_without_text_bits_go_where_they_usually_matter() -> None:
 def test_other_targets(target: str, tmp_path: Path) -> None:
     save_model(tmp_path / "m", "llama", hidden_size=128, intermediate_size=256)
     text = Windows(torch.randint(2, 300, (8, 16), generator=torch.Generator().manual_seed(0)), "drawn by lot")
-    found = plan(tmp_path / "m", Budget(bpw=13), target=target, calibration=Calibration(text, 6, 16, 2), probe=False)
+    found = make_plan(
+        tmp_path / "m", Budget(bpw=13), target=target, calibration=Calibration(text, 6, 16, 2), probe=False
+    )
     layer = "model.layers.0."
     qkv = next(unit for unit in found.table.units if f"{layer}self_attn.q_proj.weight" in unit.tensors)
     assert set(qkv.tensors) == {f"{layer}self_attn.{x}_proj.weight" for x in "qkv"}

@@ -104,7 +104,7 @@ def amount(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> Made:
-    from fewbits.pipeline import Calibration, plan
+    from fewbits.pipeline import Calibration, make_plan
     from fewbits.plan.planned import read_plan, write_plan
 
     if Path(args.model).suffix == ".json":
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> Made:
     else:
         text = None if args.calibration == "none" else args.calibration
         with progress_bar() as progress:
-            found = plan(
+            found = make_plan(
                 args.model,
                 budget_of(args),
                 target=args.target,

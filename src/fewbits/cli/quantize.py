@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> Quantization:
 
 def _planned(args: argparse.Namespace, calibration: Calibration, progress: Progress) -> Planned | None:
     """The plan that was named, or the one that a budget asks for; None without either."""
-    from fewbits.pipeline import plan
+    from fewbits.pipeline import make_plan
     from fewbits.plan.planned import read_plan
 
     if args.plan is not None:
@@ -166,7 +166,7 @@ def _planned(args: argparse.Namespace, calibration: Calibration, progress: Progr
     target = args.target or ("gguf" if args.out.endswith(".gguf") else "vllm")
     method = args.method or "gptq"
     text = None if args.preset else calibration  # which says the formats itself
-    return plan(
+    return make_plan(
         args.model,
         budget_of(args),
         target=target,

@@ -37,7 +37,7 @@ PROBED_BITS = 3.0
 """Bits of the format that probes are made in: coarse enough to be seen, fine enough that errors add up."""
 
 
-def plan(
+def make_plan(
     model: str | Path,
     budget: Budget,
     *,
