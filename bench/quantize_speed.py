@@ -2,7 +2,8 @@
 
 Both read the same weights (llama-quantize from an FP16 GGUF file that fewbits makes first) and write to the same disk;
 the runs alternate, so that whatever else the machine does falls on both. Whole processes are timed, start-up and flush
-to disk included, with the source in the page cache. int4-g128 has no namesake there and runs beside Q4_0.
+to disk included, with the source in the page cache. int4-g128 has no namesake there and runs beside Q4_0. Scales are
+those of the range, but for q4_k, where both search them.
 
     python bench/random_llama.py /tmp/llama-1b
     python bench/quantize_speed.py /tmp/llama-1b --llama-quantize PATH [--runs 5]
@@ -22,7 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-FORMATS = {"q8_0": "Q8_0", "q4_0": "Q4_0", "int4-g128": "Q4_0"}
+FORMATS = {"q8_0": "Q8_0", "q4_0": "Q4_0", "int4-g128": "Q4_0", "q4_k": "Q4_K"}
+SEARCHED = ("q4_k",)  # by both
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,26 @@ def timed(command: list[str], out: Path) -> Run:
 
 def fewbits(model: Path, out: Path, format: str, *, verify: bool = False) -> list[str]:
     command = [sys.executable, "-m", "fewbits", "quantize", str(model), str(out), "--format", format]
-    return [*command, "--method", "rtn-plain", "--json", *([] if verify else ["--no-verify"])]
+    command += ["--vocabulary", format] if format in SEARCHED else []  # a pure file
+    method = "rtn" if format in SEARCHED else "rtn-plain"
+    return [*command, "--method", method, "--json", *([] if verify else ["--no-verify"])]
 
 
-def compare(model: Path, llama_quantize: Path, runs: int, threads: int) -> list[dict[str, float | str]]:
+def compare(
+    model: Path, llama_quantize: Path, formats: list[str], runs: int, threads: int
+) -> list[dict[str, float | str]]:
     rows: list[dict[str, float | str]] = []
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
         folder = Path(scratch)
         f16 = folder / "f16.gguf"
         subprocess.run(fewbits(model, f16, "fp16"), check=True, stdout=subprocess.DEVNULL)
-        for ours, theirs in FORMATS.items():
+        for ours, theirs in ((ours, theirs) for ours, theirs in FORMATS.items() if ours in formats):
             out = folder / (f"ours-{ours}.gguf" if ours != "int4-g128" else "ours")
             other = folder / "theirs.gguf"
             pairs = [
                 (
                     timed(fewbits(model, out, ours), out),
-                    timed([str(llama_quantize), str(f16), str(other), theirs, str(threads)], other),
+                    timed([str(llama_quantize), "--pure", str(f16), str(other), theirs, str(threads)], other),
                 )
                 for _ in range(runs)
             ]
@@ -93,10 +99,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--llama-quantize", type=Path, default=Path(shutil.which("llama-quantize") or "llama-quantize"))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    rows = compare(args.model, args.llama_quantize, args.runs, args.threads)
+    rows = compare(args.model, args.llama_quantize, args.formats, args.runs, args.threads)
     print(f"{'format':<12}{'fewbits s':>11}{'llama-quantize s':>18}{'ratio':>8}{'peak MB':>10}{'its peak MB':>13}")
     for r in rows:
         print(

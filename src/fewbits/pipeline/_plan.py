@@ -36,6 +36,9 @@ Progress = Callable[[int, int, str], None]
 PROBED_BITS = 3.0
 """Bits of the format that probes are made in: coarse enough to be seen, fine enough that errors add up."""
 
+WIDENING = ("ffn_gate", "ffn_up", "gate_proj", "up_proj")
+PROJECTING = ("attn_q", "attn_k", "attn_v", "q_proj", "k_proj", "v_proj")
+
 
 def make_plan(
     model: str | Path,
@@ -84,7 +87,7 @@ def make_plan(
     else:
         given = replace(given, text=text_of(job.reader, given), limit=float("inf"))
         with fast_float32(given.device):
-            costs, factors = _measured(job, choices, given, probe, progress)
+            costs, factors = _measured(job, choices, given, probe, _half(progress, 0) if trial else progress)
     table = table_of(job, choices, costs, factors, engine)
     weights, overhead = sum(e.weights for e in job.entries), engine.process(_shape(job, budget.context))
     made = Planned(
@@ -100,7 +103,7 @@ def make_plan(
         corrections=factors,
         presets=within_table(table, mixtures),
     )
-    return made if given is None or not trial else _tried(make, made, given, progress)
+    return made if given is None or not trial else _tried(make, made, given, _half(progress, 1))
 
 
 def _tried(make: Callable[..., Job], made: Planned, calibration: Calibration, progress: Progress | None) -> Planned:
@@ -122,6 +125,13 @@ def _tried(make: Callable[..., Job], made: Planned, calibration: Calibration, pr
     return scaled if made.budget.max_kld is None else scaled.within(made.budget)
 
 
+def _half(progress: Progress | None, which: int) -> Progress | None:
+    """What the first or second half of the work reports to."""
+    if progress is None:
+        return None
+    return lambda done, total, label: progress(done + which * total, 2 * total, label)
+
+
 def _shape(job: Job, context: int) -> Model:
     """What the memory of an engine depends on."""
     config = job.reader.config
@@ -129,8 +139,8 @@ def _shape(job: Job, context: int) -> Model:
     hidden = int(text.get("hidden_size", 0))
     rows = {p.name: p.shape[-2] for p in job.pieces if p.role in (Role.LINEAR, Role.EXPERTS) and len(p.shape) > 1}
     first = {role_of(name): rows[name] for name in reversed(rows)}
-    widest = sum(n for role, n in first.items() if role in ("ffn_gate", "ffn_up", "gate_proj", "up_proj"))
-    projected = sum(n for role, n in first.items() if role[-1:] in "qkv" or role[:6] in ("q_proj", "k_proj", "v_proj"))
+    widest = sum(first.get(role, 0) for role in WIDENING)
+    projected = sum(first.get(role, 0) for role in PROJECTING)
     vocabulary = max((p.shape[0] for p in job.pieces if p.role in (Role.EMBEDDING, Role.OUTPUT)), default=0)
     cached = cache_shape(config).numbers(context)
     return Model(hidden, widest or 8 * hidden, projected, vocabulary, context, cached)

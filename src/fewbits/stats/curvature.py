@@ -8,9 +8,9 @@ between the model and itself changed (Amari 1998, Natural Gradient, section 3). 
 
 with e_i the rows of E, rows_i the mean of g_i² and inner the mean of x·xᵀ in which a token counts by its |g|². Two
 things are left out: the rows' errors are taken to be independent, as rounding makes them, and so are tokens
-(Martens and Grosse 2015, K-FAC, arXiv:1503.05671, who keep the unweighted mean). On a small Llama it finds the
-divergence of one rounded matrix within 5 % for those of feed-forwards, and within a factor of 2 for keys and values,
-whose errors at different tokens meet in the attention.
+(Martens and Grosse 2015, K-FAC, arXiv:1503.05671, who keep the unweighted mean). Of a small Llama's matrices in 4 bits
+it finds the divergence within 8 % for those of feed-forwards and within 30 % for those of attention, where errors at
+different tokens meet.
 """
 
 from __future__ import annotations
