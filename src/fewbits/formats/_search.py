@@ -81,22 +81,52 @@ def best_affine(
     Starts from the range [low, high] of each group, shrunk by each factor about each anchor (0 is its low end, 0.5 its
     centre, 1 its high end), and solves the 2x2 normal equations for the codes found there.
     """
-    h = torch.ones_like(x) if importance is None else importance.expand_as(x)
-    sh, sx = h.sum(-1), (h * x).sum(-1)
+    sums = AffineSums(x, importance)
     reach = high - low
     best_s, best_o = (high - low) / top, low.clone()
-    best_error = torch.full_like(low, torch.inf)
-    for anchor, factor in product(anchors, factors):
+    best_score = torch.full_like(low, -torch.inf)
+    shrunk = [(anchor, factor) for anchor, factor in product(anchors, factors) if factor != 1 or anchor == anchors[0]]
+    for anchor, factor in shrunk:
         scale, offset = reach * factor / top, low + reach * (anchor * (1 - factor))
-        q = ((x - offset.unsqueeze(-1)) * inverse(scale).unsqueeze(-1)).round_().clamp_(0, top)
-        sq, sqq, sxq = (h * q).sum(-1), (h * q * q).sum(-1), (h * x * q).sum(-1)
-        det = sh * sqq - sq * sq
-        solvable = det > 1e-7 * sh * sqq
-        scale = torch.where(solvable, (sh * sxq - sq * sx) / det, scale)
-        offset = torch.where(solvable, (sx - scale * sq) / sh.clamp_min(torch.finfo(sh.dtype).tiny), offset)
-        residual = x - scale.unsqueeze(-1) * q - offset.unsqueeze(-1)
-        error = (h * residual.square_()).sum(-1)
-        better = error < best_error
+        scale, offset, score = sums.solved(scale, offset, top)
+        better = score > best_score
         best_s, best_o = torch.where(better, scale, best_s), torch.where(better, offset, best_o)
-        best_error = torch.where(better, error, best_error)
+        best_score = torch.where(better, score, best_score)
     return best_s, best_o
+
+
+class AffineSums:
+    """Sums over each group of x [..., g] with the codes of scale·q + offset, which the least squares are made of.
+
+    Its rooms are used again at every call: new memory for each product would take longer than the product. The sums of
+    a call are in q, qq, xq (importance counted); those that no code changes in h and x.
+    """
+
+    def __init__(self, x: Tensor, importance: Tensor | None) -> None:
+        self._x, self._h = x, None if importance is None else importance.expand_as(x)
+        self._codes, self._room = torch.empty_like(x), torch.empty_like(x)
+        self.h = torch.full_like(x[..., 0], x.shape[-1]) if self._h is None else self._h.sum(-1)
+        self.x = x.sum(-1) if self._h is None else (self._h * x).sum(-1)
+        self.q = self.qq = self.xq = self.x
+
+    def count(self, scale: Tensor, offset: Tensor, top: int) -> None:
+        """Sum over the codes nearest to x at this scale and offset, [...]."""
+        q = torch.sub(self._x, offset.unsqueeze(-1), out=self._codes)
+        q.mul_(inverse(scale).unsqueeze(-1)).round_().clamp_(0, top)
+        weighted = q if self._h is None else torch.mul(q, self._h, out=self._room)
+        self.q = weighted.sum(-1)
+        if self._h is None:
+            self.xq, self.qq = torch.mul(q, self._x, out=self._room).sum(-1), q.square_().sum(-1)
+            return
+        self.qq = q.mul_(weighted).sum(-1)
+        self.xq = weighted.mul_(self._x).sum(-1)
+
+    def solved(self, scale: Tensor, offset: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best scale and offset for the codes found at these, and how much of Σ h·x² they explain."""
+        self.count(scale, offset, top)
+        det = self.h * self.qq - self.q * self.q
+        solvable = det > 1e-7 * self.h * self.qq
+        scale = torch.where(solvable, (self.h * self.xq - self.q * self.x) / det, scale)
+        offset = (self.x - scale * self.q) / self.h.clamp_min(torch.finfo(self.h.dtype).tiny)
+        unexplained = scale * (scale * self.qq - 2 * self.xq) + offset * (offset * self.h - 2 * self.x)
+        return scale, offset, -(unexplained + 2 * scale * offset * self.q)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats._blocks import Block
-from fewbits.formats._search import best_affine, best_scale, inverse, weighted_sum
+from fewbits.formats._search import AffineSums, best_affine, best_scale, inverse, weighted_sum
 from fewbits.formats.base import Params
 
 SPAN = 256
@@ -204,17 +204,6 @@ class EvenBlocks(ScaledBlocks):
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Σh, Σh·x, Σh·q, Σh·x·q and Σh·q² of each sub-block, [..., S, n]."""
-
-    h: Tensor
-    x: Tensor
-    q: Tensor
-    xq: Tensor
-    qq: Tensor
-
-
-@dataclass(frozen=True)
 class OffsetBlocks(SuperBlock):
     """d·s·q − k·m: Q2_K, Q4_K, Q5_K. Codes uint8; params: factor, steps, minimum_factor, minimum_steps."""
 
@@ -253,12 +242,13 @@ class OffsetBlocks(SuperBlock):
         if not search:
             return plain
         scale, offset = best_affine(x, low, high, self.highest, self._reach, h, anchors=(0.0, 0.5, 1.0))
-        weights = self._sums(x, h, scale, -offset)
+        sums = AffineSums(x, h)
+        sums.count(scale, offset, self.highest)
         scale, minimum = scale.clamp_min_(0), -offset.clamp_max_(0)
-        found = self._two_levels(scale, minimum, (weights.qq, weights.h))
+        found = self._two_levels(scale, minimum, (sums.qq, sums.h))
         for _ in range(ROUNDS):
-            found = self.least(x, h, [found, *self._neighbours(x, h, found)], (-1,))
-            found = self.least(x, h, [found, self._refactored(x, h, found)], (-2, -1))
+            found = self.least(x, h, [found, *self._neighbours(sums, found)], (-1,))
+            found = self.least(x, h, [found, self._refactored(sums, found)], (-2, -1))
         return self.least(x, h, [plain, found], (-2, -1))
 
     @property
@@ -278,20 +268,20 @@ class OffsetBlocks(SuperBlock):
             params |= {f"{name}factor": factor.expand_as(real), f"{name}steps": self.steps(real, factor)}
         return params
 
-    def _neighbours(self, x: Tensor, h: Tensor | None, params: Params) -> list[Params]:
+    def _neighbours(self, sums: AffineSums, params: Params) -> list[Params]:
         """Steps next to those of the scales, each with the steps of the minimum that are best for its codes."""
         found = list[Params]()
         for by in NEIGHBOURS:
             steps = (params["steps"] + by).clamp_(*self.integers)
             scale = params["factor"] * steps
-            sums = self._sums(x, h, scale, self.minimum_at(params))
+            sums.count(scale, self.offset_at(params), self.highest)
             minimum = (scale * sums.q - sums.x) * inverse(sums.h)
             found.append({**params, "steps": steps, "minimum_steps": self.steps(minimum, params["minimum_factor"])})
         return found
 
-    def _refactored(self, x: Tensor, h: Tensor | None, params: Params) -> Params:
+    def _refactored(self, sums: AffineSums, params: Params) -> Params:
         """The factors of least squares for the codes and steps as they are."""
-        sums = self._sums(x, h, self.scale_at(params), self.minimum_at(params))
+        sums.count(self.scale_at(params), self.offset_at(params), self.highest)
         s, m = params["steps"], params["minimum_steps"]
         uu, vv, uv = ((a * b).sum(-1, keepdim=True) for a, b in ((s * s, sums.qq), (m * m, sums.h), (s * m, sums.q)))
         ux, vx = (s * sums.xq).sum(-1, keepdim=True), (m * sums.x).sum(-1, keepdim=True)
@@ -301,11 +291,3 @@ class OffsetBlocks(SuperBlock):
         minimum = torch.where(solvable, (uv * ux - uu * vx) / det, params["minimum_factor"][..., :1])
         found = {"factor": factor, "minimum_factor": minimum}
         return {**params, **{key: stored(p.clamp_min_(0)).expand_as(s) for key, p in found.items()}}
-
-    def _sums(self, x: Tensor, h: Tensor | None, scale: Tensor, minimum: Tensor) -> _Sums:
-        q = (x + minimum.unsqueeze(-1)).mul_(inverse(scale).unsqueeze(-1)).round_().clamp_(0, self.highest)
-        if h is None:
-            size = torch.full_like(scale, x.shape[-1])
-            return _Sums(size, x.sum(-1), q.sum(-1), (x * q).sum(-1), (q * q).sum(-1))
-        hq = h * q
-        return _Sums(h.sum(-1), (h * x).sum(-1), hq.sum(-1), (hq * x).sum(-1), (hq * q).sum(-1))
