@@ -128,8 +128,8 @@ def test_targets_know_what_is_multiplied_together() -> None:
 
 
 def test_memory_grows_with_the_context_by_its_cache_and_mask() -> None:
-    """A further token takes a key and a value of every layer in FP16, and 6 bytes of mask for each of 512 others."""
+    """A further token takes a key and a value of every layer in FP16, and 4 bytes of mask for each of 512 others."""
     process = TARGETS["gguf"].process
     shape = {"hidden": 2048, "widest": 16384, "projected": 3072, "vocabulary": 128256}
     small, large = (process(Model(**shape, context=c, cached=2 * 16 * 512 * c)) for c in (1024, 1025))
-    assert large - small == 2 * 2 * 16 * 512 + 6 * 512
+    assert large - small == 2 * 2 * 16 * 512 + 4 * 512

@@ -41,11 +41,11 @@ def llama_cpp(model: Model) -> int:
     """llama.cpp on the CPU with --no-mmap and flash attention, after a full prompt: measured, `bench/plan_memory.py`.
 
     Keys and values in FP16; a batch of 512 tokens in float32, whose widest moment is a feed-forward's; the attention's
-    mask, in float32 and FP16; the vocabulary's strings and their index; program and libraries.
+    mask in float32; the vocabulary's strings and their index; program and libraries.
     """
     batch = min(512, model.context)
     activations = 4 * batch * (model.widest + model.projected + 4 * model.hidden)
-    return 2 * model.cached + activations + 6 * batch * model.context + 300 * model.vocabulary + 52_000_000
+    return 2 * model.cached + activations + 4 * batch * model.context + 350 * model.vocabulary + 51_300_000
 
 
 def other(model: Model) -> int:
