@@ -223,3 +223,14 @@ def test_tune_moves_the_factors_of_super_blocks(tmp_path: Path) -> None:
         assert fewbits.verify(out, BUNDLED, logits=False).passed
     assert found["tuned"] <= found["solved"] * 1.05  # other windows decide
     assert found["tuned"] != found["solved"]
+
+
+@pytest.mark.parametrize("method", ["rtn", "rtn-plain", "hqq"])
+def test_methods_that_take_other_statistics_or_none(method: str) -> None:
+    """Every matrix has its costs all the same."""
+    formats = ("int4-g32", "int8-g128")
+    found = make_plan(
+        BUNDLED, Budget(bpw=12), target="vllm", method=method, calibration=of_bundled(8, 32), candidates=formats
+    )
+    for unit in found.table.units:
+        assert unit.option("int4-g32").divergence > unit.option("int8-g128").divergence > 0, unit.name

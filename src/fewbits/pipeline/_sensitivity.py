@@ -3,13 +3,16 @@
 The original runs over calibration text and back once (`_way_back`). While a block is open, rows of each of its matrices
 are quantized in every candidate format by the solver itself, under the Hessian of the block's inputs, and the curvature
 says what their errors cost. Rows are drawn by how much they may matter (probability ∝ curvature · |w|²) and weighed by
-its inverse, so that a few hundred of a large matrix tell for all of them (Horvitz and Thompson 1952).
+its inverse, so that a few hundred of a large matrix tell for all of them (Horvitz and Thompson 1952). They are too few
+for several cores at once, so each core has a matrix of its own.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +20,10 @@ from torch import Tensor
 
 from fewbits.formats import Format, QTensor
 from fewbits.methods import TensorMethod
+from fewbits.methods._parallel import in_parallel
 from fewbits.pipeline._blocks import Work
 from fewbits.pipeline._vocabulary import statistics_of
-from fewbits.pipeline._way_back import WayBack
+from fewbits.pipeline._way_back import Passed, WayBack
 from fewbits.stats import Curvature
 
 ROWS = 256
@@ -82,24 +86,38 @@ def measure_costs(
         for passed in way.blocks(work, trying.needs):
             if progress:
                 progress(count - passed.index, count + 1, passed.block.name)
-            for name in passed.block.slots:
-                uses = [passed.curvatures[name]]
-                costs[name] = trying.costs(name, passed.block.matrix(name), uses, passed.statistics[name])
-            keep(
-                passed.index,
-                {n: trying.probe(n, passed.block.matrix(n), passed.statistics[n]) for n in passed.block.slots},
-            )
+            found = in_parallel([partial(_of_block, trying, passed, names) for names in _by_input(passed)])
+            costs |= {name: cost for each in found for name, (cost, _) in each.items()}
+            keep(passed.index, {name: probe for each in found for name, (_, probe) in each.items()})
         outside = (way.embeddings(), output)
-    probed = {}
+    probed = dict[str, QTensor]()
     for name, slot in work.vocabulary.items():
         uses = [use for use, used in zip(outside, work.model.uses(slot.parameter), strict=True) if used]
-        found = statistics_of(uses, ids.numel())
-        statistics = {key: found[key] for key in (*trying.needs, "tokens") if key in found}
+        measured = statistics_of(uses, ids.numel())
+        statistics = {key: measured[key] for key in (*trying.needs, "tokens") if key in measured}
         w = slot.take(work.model.outer(slot.parameter))
         costs[name] = trying.costs(name, w, uses, statistics)
         probed[name] = trying.probe(name, w, statistics)
     keep(count, probed)
     return costs
+
+
+def _by_input(passed: Passed) -> list[list[str]]:
+    """The block's matrices, those that share their statistics together: a solver may write on them as it works."""
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name, found in passed.statistics.items():
+        groups[id(next(iter(found.values()))) if found else name].append(name)
+    return list(groups.values())
+
+
+def _of_block(trying: Trying, passed: Passed, names: Sequence[str]) -> dict[str, tuple[dict[str, float], QTensor]]:
+    """Costs and probe of each of some matrices, one after the other."""
+    found = {}
+    for name in names:
+        w, statistics = passed.block.matrix(name), passed.statistics[name]
+        costs = trying.costs(name, w, [passed.curvatures[name]], statistics)
+        found[name] = costs, trying.probe(name, w, statistics)
+    return found
 
 
 def drawn(w: Tensor, uses: Sequence[Curvature], rows: int = ROWS) -> tuple[Tensor, Tensor]:

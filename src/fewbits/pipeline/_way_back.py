@@ -99,7 +99,8 @@ class WayBack:
                 self._kept[index].put(start, torch.autograd.grad(y, x, slope)[0])
             found = collector.curvatures(self._ids.numel())
             curvatures = {name: _of_slot(slot, block, found) for name, slot in block.slots.items()}
-            yield Passed(index, block, curvatures, {} if inputs is None else of_slots(block, inputs.statistics()))
+            statistics = {name: {} for name in block.slots} if inputs is None else of_slots(block, inputs.statistics())
+            yield Passed(index, block, curvatures, statistics)
             self._model.drop(index)
 
     def embeddings(self) -> Curvature:
