@@ -119,6 +119,11 @@ def test_a_plan_is_made_explained_drawn_and_followed(tmp_path: Path, capsys) -> 
     assert main(["plan", TINY, "--calibration", "none", "--out", plan + "2"]) == 3
     assert "a budget of nothing" in capsys.readouterr().err
     assert main(["plan", plan, "--explain", "no such"]) == 3
+    assert main(["quantize", TINY, out + "2", "--plan", smaller, "--format", "q4_0"]) == 3
+    assert main(["quantize", TINY, out + "2", "--target", "vllm"]) == 3
+    capsys.readouterr()
+    assert main(["plan", TINY, "--bpw", "5", "--out", plan]) == 3  # at once: nothing is measured for a file that exists
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_quantize_within_a_budget_and_by_preset(tmp_path: Path, capsys) -> None:

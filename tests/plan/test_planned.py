@@ -99,6 +99,8 @@ def test_explained() -> None:
         (lambda text: text.replace('"units"', '"other"'), "units"),
         (lambda text: text.replace('"format": "q', '"format": "x'), "not among its options"),
         (lambda text: text.replace('"weights": 4000', '"weights": null'), "is no plan"),
+        (lambda text: text.replace("[1000, 0.04]", "[1000, NaN]"), "no finite divergence"),
+        (lambda text: text.replace("[1000, 0.04]", "[0, 0.04]"), "no bytes"),
     ],
 )
 def test_files_that_are_no_plans(tmp_path: Path, change, message: str) -> None:
@@ -106,6 +108,17 @@ def test_files_that_are_no_plans(tmp_path: Path, change, message: str) -> None:
     (tmp_path / "bad.json").write_text(change((tmp_path / "plan.json").read_text()))
     with pytest.raises(CheckpointError, match=message):
         read_plan(tmp_path / "bad.json")
+
+
+def test_another_context_needs_another_plan() -> None:
+    with pytest.raises(UnsupportedError, match="--context 4096"):
+        plan(size=10_000).within(Budget(memory=3900, context=4096))
+
+
+def test_no_room(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_plan(plan(size=3500), tmp_path / "nowhere" / "plan.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def amount(text: str) -> float:
 
 def run(args: argparse.Namespace) -> Made:
     from fewbits.pipeline import Calibration, make_plan
-    from fewbits.plan.planned import read_plan, write_plan
+    from fewbits.plan.planned import read_plan, refuse_existing, write_plan
 
     if Path(args.model).suffix == ".json":
         found = read_plan(Path(args.model))
@@ -114,6 +114,7 @@ def run(args: argparse.Namespace) -> Made:
         elif args.explain or args.frontier is not None:
             return _made(found, None, args)
     else:
+        refuse_existing(args.out)  # before the measuring, which may take hours
         text = None if args.calibration == "none" else args.calibration
         with progress_bar() as progress:
             found = make_plan(

@@ -18,6 +18,8 @@ from fewbits.cli.plan import add_budget, budget_of, has_budget
 from fewbits.errors import UnsupportedError
 from fewbits.results import CalibrationReport, Estimate, Quantization, TensorReport, Trial
 
+FORMAT = "int4-g128"
+
 if TYPE_CHECKING:
     from fewbits.cli._print import Progress
     from fewbits.pipeline import Calibration
@@ -35,7 +37,7 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "model", metavar="MODEL", help="a Hugging Face folder, a GGUF file in floating point, or a hub name when online"
     )
     parser.add_argument("out", metavar="OUT", help="folder to make; a name ending in .gguf makes a GGUF file")
-    parser.add_argument("--format", default="int4-g128", help="of the matrices (see `fewbits formats`)")
+    parser.add_argument("--format", help=f"of the matrices (see `fewbits formats`; default {FORMAT})")
     parser.add_argument(
         "--method",
         help="how codes are chosen (see `fewbits methods`); several are joined by + (default rtn; a plan's own)",
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> Quantization:
         return quantize(
             args.model,
             args.out,
-            format=args.format,
+            format=args.format or FORMAT,
             method=args.method or (planned.method if planned else "rtn"),
             plan=planned,
             minutes=args.minutes,
@@ -157,6 +159,11 @@ def _planned(args: argparse.Namespace, calibration: Calibration, progress: Progr
     from fewbits.pipeline import make_plan
     from fewbits.plan.planned import read_plan
 
+    planned = args.plan is not None or has_budget(args)
+    if planned and (args.format or args.vocabulary):
+        raise UnsupportedError("--format and --vocabulary beside a plan, which says every format; use --override")
+    if args.target and not has_budget(args):
+        raise UnsupportedError(f"--target {args.target}: it goes with a budget; a file type is chosen by --as")
     if args.plan is not None:
         if has_budget(args):
             raise UnsupportedError(f"--plan {args.plan} has a budget already; leave the other one out, or the plan")

@@ -55,7 +55,7 @@ def table_of(
             Option(
                 f,
                 sum(job.kind.file_bytes(formats[f], shapes[name]) for name in names),
-                sum(costs[name].get(f, 0.0) * factors.get(role_of(name), 1.0) for name in names),
+                sum(_cost(costs[name], formats[f]) * factors.get(role_of(name), 1.0) for name in names),
             )
             for f in common
         ]
@@ -64,6 +64,11 @@ def table_of(
     chosen_for = set(choices)
     rest = sum(job.kind.file_bytes(e.format, e.shape) for e in job.entries if e.name not in chosen_for)
     return Table(tuple(units), rest + job.kind.header_bytes(job.entries, job.metadata))
+
+
+def _cost(costs: Mapping[str, float], format: Format) -> float:
+    """Nats a token; nothing where the matrix stays in floating point."""
+    return 0.0 if isinstance(format, Float) else costs[format.name]
 
 
 def mixtures_of(job: Job, *, imatrix: bool) -> dict[str, Choice]:

@@ -160,7 +160,9 @@ def _measured(
     probes = {name: _nearest(formats, PROBED_BITS) for name, formats in candidates.items()}
     missing = candidates.keys() - work.slots.keys() - work.vocabulary.keys()
     if missing:
-        raise UnsupportedError(f"{min(missing)}: lies neither in a block nor in the vocabulary; keep it (--override)")
+        raise UnsupportedError(
+            f"{min(missing)}: lies neither in a block nor in the vocabulary, so its cost cannot be measured"
+        )
     trying = Trying(solver_of(job), candidates, probes)
     with tempfile.TemporaryDirectory(prefix="fewbits-plan-") as folder, Journal(Path(folder), {}, probes) as journal:
 

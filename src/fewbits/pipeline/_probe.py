@@ -27,7 +27,6 @@ from fewbits.pipeline._journal import Journal
 from fewbits.pipeline._streams import BATCH, embedded
 
 PROBE = "probe"  # stage of the journal
-LEAST = 0.25  # corrections further from 1 than this, or its inverse, are noise or a sign that nothing holds
 
 
 def role_of(matrix: str) -> str:
@@ -97,12 +96,8 @@ class Probes:
 def corrections(
     measured: Mapping[str, float], predicted: Mapping[str, float], roles: Sequence[str]
 ) -> dict[str, float]:
-    """Role -> measured over predicted divergence."""
-    found = {}
-    for role in roles:
-        ratio = measured[role] / predicted[role] if predicted[role] > 0 else 1.0
-        found[role] = min(max(ratio, LEAST), 1 / LEAST)
-    return found
+    """Role -> measured over predicted divergence; none for a role that nothing was predicted for or measured of."""
+    return {role: measured[role] / predicted[role] for role in roles if min(measured[role], predicted[role]) > 0}
 
 
 def _advance_changed(block: Block, matrices: Mapping[str, QTensor], stream: Activations, batch: int) -> None:

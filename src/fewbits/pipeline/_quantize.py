@@ -67,8 +67,8 @@ def quantize(
     inputs: what the inputs of linear layers are rounded to as the model runs (`int8-token`, `fp8-static` …; see
     `formats.ACTIVATIONS`); cache: `int8` or `fp8` for keys and values.
     overrides: regular expression -> format (or "keep"), for tensors of the output whose name it is found in.
-    plan: a plan that was made for this model (`fewbits.plan`), which says each tensor's format instead of `format` and
-    `vocabulary`, and the kind.
+    plan: a plan that was made for this model (`fewbits.make_plan`), which says each tensor's format instead of `format`
+    and `vocabulary`, and the kind.
     kind: a name from `checkpoint.KINDS`, by default the first that holds the format. pretokenizer: llama.cpp's name
     of a pre-tokenizer that fewbits does not know (GGUF only). prove: reopen the files with an independent decoder and
     compare every tensor. progress: called with (done, total, label), one bar for all. announce: called with the
@@ -77,6 +77,7 @@ def quantize(
     """
     if plan is not None:
         kind = kind or target_named(plan.target).kind
+        # Every matrix is in the plan; this one only tells that something is to be quantized.
         format = max(plan.tensors().values(), key=lambda each: isinstance(each, Grouped))
     auto, first = automatic(method, minutes)
     make = partial(

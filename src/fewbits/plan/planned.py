@@ -7,6 +7,7 @@ choice can be explained later.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -96,7 +97,12 @@ class Planned:
         return {tensor: parse(self.formats[unit.name]) for unit in self.table.units for tensor in unit.tensors}
 
     def within(self, budget: Budget) -> Planned:
-        """The same table within another budget."""
+        """The same table within another budget. Raises UnsupportedError for a memory at another context's length."""
+        if budget.memory is not None and budget.context != self.budget.context:
+            raise UnsupportedError(
+                f"a memory of {budget.memory:g} bytes at a context of {budget.context} tokens: the plan knows what the "
+                f"process takes at {self.budget.context}; plan from the model with --context {budget.context}"
+            )
         return replace(self, budget=budget, formats=chosen(self.table, budget, self.weights, self.overhead))
 
     def scaled(self, factor: float) -> Planned:
@@ -166,15 +172,23 @@ def _next(unit: Unit, format: str) -> tuple[Option | None, float]:
     return (larger[rates.index(max(rates))], max(rates)) if rates else (None, 0.0)
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise OutputError if there is such a file."""
+    if path.exists():
+        raise OutputError(f"{path}: exists already; choose another name or remove it")
+
+
 def write_plan(plan: Planned, path: Path) -> None:
-    """Raises OutputError where the file exists or cannot be written."""
+    """Whole or not at all. Raises OutputError where the file exists or cannot be written."""
+    partial = path.with_name(f"{path.name}.partial")
+    refuse_existing(path)
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(_document(plan))
-    except FileExistsError as error:
-        raise OutputError(f"{path}: exists already; choose another name or remove it") from error
+        partial.write_text(_document(plan), encoding="utf-8")
+        partial.rename(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_plan(path: Path) -> Planned:
@@ -189,6 +203,10 @@ def read_plan(path: Path) -> Planned:
             f"{path}: is no plan of fewbits ({type(error).__name__}: {error}); make it anew"
         ) from error
     for unit in plan.table.units:
+        if not all(o.nbytes > 0 and 0 <= o.divergence < math.inf for o in unit.options):
+            raise CheckpointError(
+                f"{path}: {unit.name} has an option of no bytes or no finite divergence; make it anew"
+            )
         if plan.formats[unit.name] not in [option.format for option in unit.options]:
             raise CheckpointError(
                 f"{path}: {unit.name} is planned as {plan.formats[unit.name]}, which is not among its options "

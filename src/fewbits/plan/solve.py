@@ -84,8 +84,10 @@ def _solved(units: Sequence[Unit], *, minimized: Measure, limited: Measure, limi
     aim = limit
     for _ in range(TRIES):
         chosen = _optimum(options, minimized, limited, aim)
-        excess = sum(map(limited, chosen)) - limit if chosen else 0.0
-        if chosen and excess <= 0:
+        if chosen is None:
+            break
+        excess = sum(map(limited, chosen)) - limit
+        if excess <= 0:
             return {unit.name: option.format for unit, option in zip(units, chosen, strict=True)}
         aim -= 2 * excess
     return {unit.name: option.format for unit, option in zip(units, tightest, strict=True)}
