@@ -42,7 +42,8 @@ def planned() -> Planned:
 def test_what_is_written_is_what_was_planned(planned: Planned, tmp_path: Path) -> None:
     """To the byte, within the budget, each tensor in its format; and as far from the original as was expected.
 
-    A factor of 2: the text is short, and measured on the same windows that the held-out divergence is.
+    The trial has measured these formats on these windows, so the two agree but for the float32 of sums; before it the
+    table, which knows nothing of blocks that make up for others, is within a factor of 2.
     """
     out = tmp_path / "m.gguf"
     made = fewbits.quantize(BUNDLED, out, plan=planned, method="gptq", calibration=of_bundled())
@@ -53,7 +54,9 @@ def test_what_is_written_is_what_was_planned(planned: Planned, tmp_path: Path) -
     assert len(set(formats.values())) > 1
     assert made.calibration is not None
     assert made.calibration.held_out_kld is not None
-    assert planned.divergence / 2 < made.calibration.held_out_kld < planned.divergence * 2
+    assert made.calibration.held_out_kld == pytest.approx(planned.divergence, rel=1e-3)
+    assert planned.trial is not None
+    assert 0.5 < planned.trial < 2
 
 
 def test_more_bits_are_expected_to_cost_less(planned: Planned) -> None:
@@ -221,8 +224,7 @@ def test_tune_moves_the_factors_of_super_blocks(tmp_path: Path) -> None:
         assert made.calibration is not None
         found[name] = made.calibration.held_out_kld or 1.0
         assert fewbits.verify(out, BUNDLED, logits=False).passed
-    assert found["tuned"] <= found["solved"] * 1.05  # other windows decide
-    assert found["tuned"] != found["solved"]
+    assert found["tuned"] < found["solved"]
 
 
 @pytest.mark.parametrize("method", ["rtn", "rtn-plain", "hqq"])
