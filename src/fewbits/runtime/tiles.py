@@ -1,0 +1,135 @@
+"""Tiles: a matrix of any format as the kernels read it, in one layout for every processor.
+
+Every format that multiplies as integers is `w[n, k] = scale[n, g] · (u[n, k] − zero) + offset[n, g]` with unsigned
+codes u of 1 to 8 bits, a zero that the whole matrix shares, and params that 16 columns or more share. A codebook of up
+to 16 entries puts a table in front, u = table[code], and is the same from there on. What is none of this (FP8, BF16 …)
+is `Floats`: numbers in a floating-point type, with or without a scale.
+
+Rows lie in *panels* of 16, columns in *blocks* of 32, both filled up (with code 0 and scale 0). A block of a panel is
+a set of *planes*, from the highest bits to the lowest: 8 bits in one plane, or a sum of 4, 2 and 1 (3 = 2 + 1, 6 = 4 + 2;
+the wider plane holds the lower bits). Its columns are taken four at a time, as the instructions do which multiply four
+bytes by four bytes and add: a *step* is 16 rows × 4 columns = 64 bytes once decoded, byte 4·row + column, and a block has
+8 of them. A plane of b bits packs the block's 8 steps into b vectors of 64 bytes: bits b·i … b·i + b − 1 of each byte of
+vector j belong to step j + i·b, so that decoding is a load, a shift and a mask, for registers of any width.
+
+Params lie by panel, then by group, then by row: 16 numbers next to one another for the 16 lanes of an accumulator.
+Scales are stored in the narrowest type that holds all of them exactly; K-quants keep their two levels (`Stepped`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+PANEL = 16
+"""Rows that lie interleaved."""
+BLOCK = 32
+"""Columns of one set of planes."""
+STEP = 4
+"""Columns that one instruction adds up."""
+
+Array: TypeAlias = NDArray[np.generic]
+
+
+@dataclass(frozen=True, eq=False)
+class Direct:
+    """Params as numbers: float32, float16, or bfloat16 as uint16. values: [panels, groups, 16]."""
+
+    values: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Stepped:
+    """Params as an integer times a factor that `per` groups share: steps int8 [panels, groups, 16], factor float16
+    [panels, ceil(groups / per), 16].
+    """
+
+    factor: Array
+    steps: Array
+    per: int
+
+
+@dataclass(frozen=True, eq=False)
+class Zeros:
+    """An offset of −zero · scale: values uint8 [panels, groups, 16]."""
+
+    values: Array
+
+
+Scale: TypeAlias = Direct | Stepped
+Offset: TypeAlias = Direct | Stepped | Zeros
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A matrix [rows, columns] of integer codes.
+
+    codes: uint8 [panels, blocks, bits · 64]. group: columns that share params, a multiple of 16; one group over all
+    blocks' columns where a row shares them. table: uint8 [16], or None.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    group: int
+    zero: int
+    codes: Array
+    scale: Scale
+    offset: Offset | None = None
+    table: Array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(array.nbytes for array in arrays(self).values())
+
+
+@dataclass(frozen=True, eq=False)
+class Floats:
+    """A matrix [rows, columns] of floating-point numbers, [panels, columns in whole blocks, 16].
+
+    values: float32, float16, bfloat16 as uint16. scale: Direct, [panels, groups, 16], or None for one.
+    """
+
+    rows: int
+    columns: int
+    kind: str  # "f32", "f16", "bf16"
+    values: Array
+    group: int = 0
+    scale: Direct | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(array.nbytes for array in arrays(self).values())
+
+
+Weight: TypeAlias = Tiles | Floats
+
+
+def panels(rows: int) -> int:
+    return -(-rows // PANEL)
+
+
+def blocks(columns: int) -> int:
+    return -(-columns // BLOCK)
+
+
+def arrays(weight: Weight) -> dict[str, Array]:
+    """The arrays of a weight by name: what is written to the cache, and counted."""
+    if isinstance(weight, Floats):
+        found = {"values": weight.values}
+        return found if weight.scale is None else found | {"scale": weight.scale.values}
+    found = {"codes": weight.codes} | _params("scale", weight.scale)
+    return found if weight.offset is None else found | _params("offset", weight.offset)
+
+
+def _params(name: str, params: Scale | Offset) -> dict[str, Array]:
+    match params:
+        case Stepped(factor, steps):
+            return {f"{name}.factor": factor, f"{name}.steps": steps}
+        case _:
+            return {name: params.values}
