@@ -1,4 +1,4 @@
-// The ops beside the matrix products: what the executor calls, compiled once for each target (`target.cpp`).
+// The ops beside the matrix products: what the executor calls, compiled once for each target (`ops_target.cpp`).
 //
 // A job is one thread's share of an op, in plain pointers; what lies behind them is float32. Rows of q, k, v and out
 // may be parts of wider buffers: `*_stride` is the distance of two rows in numbers.
