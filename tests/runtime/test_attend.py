@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-ops = pytest.importorskip("fewbits.runtime._runtime_ops", reason="the kernels were not compiled")
+ops = pytest.importorskip("fewbits.runtime._runtime", reason="the kernels were not compiled")
 
 EPS = 2.0**-24  # half a unit in the last place of float32
 LEVELS = {"int8": 127, "int4": 7}

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-ops = pytest.importorskip("fewbits.runtime._runtime_ops", reason="the kernels were not compiled")
+ops = pytest.importorskip("fewbits.runtime._runtime", reason="the kernels were not compiled")
 
 EPS = 2.0**-24  # half a unit in the last place of float32
 WIDTHS = [1, 7, 16, 64, 100, 257, 2048]

@@ -1,0 +1,31 @@
+// What is compiled once for each kind of processor (target.cpp), as a table of functions.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "ops.h"
+#include "weight.h"
+
+namespace fewbits::runtime {
+
+struct Kernels {
+  const char* name;
+  int tile;                  // rows of inputs that are multiplied together
+  bool shifted;              // whether wide codes are signed bytes, and their zero 128 lower
+  std::size_t scratch_size;  // bytes of a thread's Scratch
+  void (*pack)(const Inputs&, const float* x, std::int64_t columns, std::int64_t stride, std::int64_t tile);
+  void (*multiply)(const Weight&, const Inputs&, std::int64_t begin, std::int64_t end, float* out, std::int64_t stride,
+                   const float* bias, bool accumulate, void* scratch);
+  void (*embed)(const Weight&, std::int64_t row, float factor, float* out, void* scratch);
+  const Ops* ops;  // the others
+};
+
+// Targets that this processor runs, the best first; the last one runs anywhere.
+std::span<const Kernels* const> targets();
+
+// The one of that name, or the best for "". Throws std::invalid_argument for one that is not there.
+const Kernels& kernels(std::string_view name = "");
+
+}  // namespace fewbits::runtime

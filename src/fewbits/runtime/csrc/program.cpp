@@ -1,0 +1,469 @@
+#include "program.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+namespace fewbits::runtime {
+
+namespace {
+
+constexpr std::int64_t CHUNK_BYTES = 1 << 16;  // of weights that a thread takes at a time for a row or two
+constexpr std::int64_t CHUNK_PANELS = 4;       // for more, so that the inputs of a slab are read from memory once for all
+constexpr std::int64_t FEW_ROWS = 8;
+constexpr int ANGLE_ROWS = 16;
+
+int whole_panels(int width) { return (width + PANEL - 1) / PANEL * PANEL; }
+
+}  // namespace
+
+void Aligned::Free::operator()(void* p) const { std::free(p); }
+
+void Aligned::grow(std::size_t bytes) {
+  if (bytes <= bytes_) return;
+  constexpr std::size_t line = 64;
+  const std::size_t whole = (bytes + line - 1) / line * line;
+  at_.reset();
+  bytes_ = 0;
+  at_.reset(std::aligned_alloc(line, whole));
+  if (!at_) throw OutOfMemory(whole);
+  bytes_ = whole;
+}
+
+Program::Program(int threads, std::string_view target, KeyValues& cache)
+    : pool_(threads), kernels_(runtime::kernels(target)), cache_(cache) {
+  scratch_.resize(static_cast<std::size_t>(pool_.threads()));
+  const std::size_t attention = attend_scratch(cache.head_dim) * sizeof(float);
+  for (auto& one : scratch_) one.reserve<char>(std::max(kernels_.scratch_size, attention));
+}
+
+// ---- composing ----
+
+Buffer Program::buffer(int width) {
+  buffers_.push_back(std::make_unique<Rows>(Rows{width, whole_panels(width), false, {}}));
+  return static_cast<Buffer>(buffers_.size()) - 1;
+}
+
+float* Program::row(Buffer buffer, int row) const {
+  const Rows& rows = *buffers_.at(static_cast<std::size_t>(buffer));
+  return rows.numbers.data<float>() + static_cast<std::size_t>(row) * static_cast<std::size_t>(rows.stride);
+}
+
+int Program::count(Buffer buffer) const {
+  return buffers_.at(static_cast<std::size_t>(buffer))->selected ? step_.wanted_rows : step_.rows;
+}
+
+// Small work, a row at a time.
+void Program::each_row(Buffer like, std::function<void(int row)> work) {
+  phases_.push_back({[this, like] { return static_cast<std::size_t>(count(like)); },
+                     [work = std::move(work)](std::size_t row, int) { work(static_cast<int>(row)); }});
+}
+
+void Program::embed(const Weight& table, Buffer out, float scale) {
+  vocabulary_ = table.rows;
+  phases_.push_back({[this] { return static_cast<std::size_t>(step_.rows); },
+                     [this, table, out, scale](std::size_t r, int thread) {
+                       const int at = static_cast<int>(r);
+                       kernels_.embed(table, step_.tokens[at], scale, row(out, at), scratch(thread));
+                     }});
+}
+
+void Program::norm(Buffer x, const float* weight, float eps, Buffer out, bool accumulate) {
+  buffers_.at(out)->selected = buffers_.at(x)->selected;
+  const auto width = static_cast<std::size_t>(buffers_.at(x)->width);
+  each_row(x, [=, this](int r) { kernels_.ops->norm(row(x, r), weight, eps, width, row(out, r), accumulate); });
+}
+
+void Program::gate(Buffer gate, Buffer up, Buffer out, Activation activation) {
+  const auto width = static_cast<std::size_t>(buffers_.at(out)->width);
+  each_row(out, [=, this](int r) { kernels_.ops->gate(row(gate, r), row(up, r), width, activation, row(out, r)); });
+}
+
+void Program::add(Buffer x, Buffer out, Buffer gate) {
+  const auto width = static_cast<std::size_t>(buffers_.at(out)->width);
+  each_row(out, [=, this](int r) {
+    const float factor = gate < 0 ? 1.0f : 1.0f / (1.0f + std::exp(-*row(gate, r)));
+    kernels_.ops->add(row(x, r), factor, width, row(out, r));
+  });
+}
+
+void Program::softcap(Buffer x, float cap) {
+  const auto width = static_cast<std::size_t>(buffers_.at(x)->width);
+  each_row(x, [=, this](int r) { kernels_.ops->softcap(row(x, r), width, cap); });
+}
+
+void Program::select(Buffer x, Buffer out) {
+  buffers_.at(out)->selected = true;
+  const auto bytes = static_cast<std::size_t>(buffers_.at(x)->width) * sizeof(float);
+  each_row(out, [=, this](int r) { std::memcpy(row(out, r), row(x, step_.wanted[r]), bytes); });
+}
+
+// ---- products ----
+
+Inputs Program::form(const Weight& w) const {
+  Inputs in;
+  in.padded = w.padded();
+  if (!w.bits) return in;
+  in.segment = w.segment();
+  in.group = w.input_group();
+  in.zero = w.zero - (kernels_.shifted && (w.bits == 8 || w.table) ? 128 : 0);
+  return in;
+}
+
+void Program::prepare(Inputs& in, int set, std::int64_t rows) {
+  while (static_cast<int>(sets_.size()) <= set) sets_.push_back(std::make_unique<Packed>());
+  Packed& packed = *sets_[static_cast<std::size_t>(set)];
+  in.rows = rows;
+  in.codes = packed.codes.reserve<char>(static_cast<std::size_t>(rows * in.padded * (in.segment ? 1 : 4)));
+  in.scale = packed.scale.reserve<float>(static_cast<std::size_t>(rows * in.groups()));
+  in.start = packed.start.reserve<std::int32_t>(static_cast<std::size_t>(rows * in.segments()));
+  in.total = packed.total.reserve<float>(static_cast<std::size_t>(rows * in.segments()));
+}
+
+std::int64_t Program::panels_at_a_time(const Weight& w, std::int64_t rows) const {
+  if (rows > FEW_ROWS) return CHUNK_PANELS;
+  return std::max<std::int64_t>(CHUNK_PANELS, CHUNK_BYTES / std::max<std::int64_t>(1, w.panel_bytes()) & ~1);
+}
+
+namespace {
+
+bool same(const Inputs& a, const Inputs& b) {
+  return a.padded == b.padded && a.segment == b.segment && a.group == b.group && a.zero == b.zero;
+}
+
+// Chunks of several matrices in a row: which matrix, and which of its panels.
+struct Share {
+  std::size_t weight;
+  std::int64_t begin, end;
+};
+
+}  // namespace
+
+void Program::linear(LinearOp op) {
+  struct State {
+    LinearOp op;
+    std::vector<Inputs> forms;
+    std::vector<std::size_t> form_of;
+    std::vector<Share> shares;
+  };
+  const auto state = std::make_shared<State>(State{std::move(op), {}, {}, {}});
+  for (const Weight& w : state->op.weights) {
+    const Inputs wanted = form(w);
+    const auto found = std::find_if(state->forms.begin(), state->forms.end(), [&](auto& f) { return same(f, wanted); });
+    state->form_of.push_back(static_cast<std::size_t>(found - state->forms.begin()));
+    if (found == state->forms.end()) state->forms.push_back(wanted);
+  }
+  for (Buffer out : state->op.outs) buffers_.at(out)->selected = buffers_.at(state->op.x)->selected;
+
+  phases_.push_back({[this, state] {
+                       const int rows = count(state->op.x);
+                       for (std::size_t i = 0; i < state->forms.size(); ++i) prepare(state->forms[i], static_cast<int>(i), rows);
+                       return static_cast<std::size_t>(tiles(rows)) * state->forms.size();
+                     },
+                     [this, state](std::size_t chunk, int) {
+                       const Inputs& in = state->forms[chunk % state->forms.size()];
+                       const Rows& x = *buffers_.at(state->op.x);
+                       kernels_.pack(in, x.numbers.data<float>(), x.width, x.stride,
+                                     static_cast<std::int64_t>(chunk / state->forms.size()));
+                     }});
+  phases_.push_back({[this, state] {
+                       state->shares.clear();
+                       const int rows = count(state->op.x);
+                       for (std::size_t i = 0; rows && i < state->op.weights.size(); ++i) {
+                         const Weight& w = state->op.weights[i];
+                         const std::int64_t step = panels_at_a_time(w, rows);
+                         for (std::int64_t at = 0; at < w.panels(); at += step)
+                           state->shares.push_back({i, at, std::min(at + step, w.panels())});
+                       }
+                       return state->shares.size();
+                     },
+                     [this, state](std::size_t chunk, int thread) {
+                       const auto [i, begin, end] = state->shares[chunk];
+                       const Buffer out = state->op.outs[i];
+                       kernels_.multiply(state->op.weights[i], state->forms[state->form_of[i]], begin, end, row(out, 0),
+                                         buffers_.at(out)->stride, state->op.biases[i], state->op.accumulate,
+                                         scratch(thread));
+                     }});
+}
+
+// ---- attention ----
+
+std::size_t Program::table(const AttendOp& op) {
+  for (std::size_t i = 0; i < angles_.size(); ++i)
+    if (angles_[i]->frequencies == op.frequencies && angles_[i]->factor == op.factor) return i;
+  angles_.push_back(std::make_unique<Angles>(Angles{op.frequencies, op.factor, {}, {}}));
+  angles(angles_.size() - 1);
+  return angles_.size() - 1;
+}
+
+// Cosines and sines of the rows' positions, which all layers share.
+void Program::angles(std::size_t table) {
+  phases_.push_back({[this, table] {
+                       Angles& a = *angles_[table];
+                       const std::size_t numbers = static_cast<std::size_t>(step_.rows) * a.frequencies.size();
+                       a.cosines.reserve<float>(numbers);
+                       a.sines.reserve<float>(numbers);
+                       return static_cast<std::size_t>((step_.rows + ANGLE_ROWS - 1) / ANGLE_ROWS);
+                     },
+                     [this, table](std::size_t chunk, int) {
+                       const Angles& a = *angles_[table];
+                       const int begin = static_cast<int>(chunk) * ANGLE_ROWS, half = static_cast<int>(a.frequencies.size());
+                       for (int r = begin; r < std::min(begin + ANGLE_ROWS, step_.rows); ++r)
+                         runtime::angles(a.frequencies.data(), half, a.factor, step_.positions[r],
+                                         a.cosines.data<float>() + r * half, a.sines.data<float>() + r * half);
+                     }});
+}
+
+void Program::attend(AttendOp op) {
+  const std::size_t table = this->table(op);
+  const auto shared = std::make_shared<AttendOp>(std::move(op));
+  const auto stride = [this](Buffer b) { return static_cast<std::size_t>(buffers_.at(b)->stride); };
+  phases_.push_back({[shared] { return static_cast<std::size_t>(shared->kv_heads); },
+                     [this, shared, table, stride](std::size_t chunk, int) {
+                       const AttendOp& o = *shared;
+                       const Angles& a = *angles_[table];
+                       const int head = static_cast<int>(chunk);
+                       kernels_.ops->prepare({row(o.q, 0), row(o.k, 0), row(o.v, 0), stride(o.q), stride(o.k), stride(o.v),
+                                              a.cosines.data<float>(), a.sines.data<float>(),
+                                              2 * static_cast<int>(a.frequencies.size()), o.q_norm, o.k_norm, o.eps, o.heads,
+                                              &cache_, o.layer, step_.slots, step_.positions, 0, step_.rows, head, head + 1});
+                     }});
+  // Heads of a group read the same keys, so they stay together as long as there is work for all threads.
+  const int group = shared->heads / shared->kv_heads;
+  const auto parts = std::make_shared<std::vector<Part>>();
+  const auto splits = std::make_shared<int>(1);
+  phases_.push_back({[this, shared, group, parts, splits] {
+                       parts->clear();
+                       const int most = std::max(1, QUERIES / group);
+                       for (int r = 0; r < step_.rows;) {
+                         int end = r + 1;
+                         while (end < step_.rows && end - r < most && step_.slots[end] == step_.slots[r]) ++end;
+                         parts->push_back({r, end});
+                         r = end;
+                       }
+                       const int chunks = static_cast<int>(parts->size()) * shared->kv_heads;
+                       *splits = chunks < pool_.threads() ? std::min(group, pool_.threads()) : 1;
+                       return static_cast<std::size_t>(chunks) * static_cast<std::size_t>(*splits);
+                     },
+                     [this, shared, group, parts, splits, stride](std::size_t chunk, int thread) {
+                       const AttendOp& o = *shared;
+                       const int split = static_cast<int>(chunk) % *splits, rest = static_cast<int>(chunk) / *splits;
+                       const int kv_head = rest % o.kv_heads, first = kv_head * group;
+                       const Part part = (*parts)[static_cast<std::size_t>(rest / o.kv_heads)];
+                       kernels_.ops->attend({row(o.q, 0), row(o.out, 0), stride(o.q), stride(o.out), &cache_, o.layer,
+                                             step_.slots[part.begin], kv_head, first + group * split / *splits,
+                                             first + group * (split + 1) / *splits, part.begin, part.end,
+                                             step_.positions[part.begin], o.scale, o.softcap, o.window,
+                                             static_cast<float*>(scratch(thread))});
+                     }});
+}
+
+// ---- experts ----
+
+// Which rows each expert is given. Entries (a row and one of its experts) lie by expert, rows of one in order.
+struct Program::Routing {
+  ExpertsOp op;
+  int width, ffn;
+  Inputs into, out_of;  // inputs of gate and up, and of down
+  std::vector<int> first;  // of each expert's entries; one more at the end
+  std::vector<int> rows;   // of each entry
+  std::vector<float> shares;
+  std::vector<int> entries;  // [rows][top_k]
+  std::vector<Share> tiles, products;
+  Aligned gathered, gates, ups, results;
+
+  int stride(int columns) const { return whole_panels(columns); }
+  int entries_of(std::size_t expert) const { return first[expert + 1] - first[expert]; }
+
+  void choose(const float* logits, int row, std::vector<std::pair<float, int>>& order) const {
+    const auto experts = static_cast<int>(op.gate.size());
+    order.clear();
+    for (int e = 0; e < experts; ++e) order.emplace_back(logits[static_cast<std::size_t>(row) * stride(experts) + e], e);
+    std::partial_sort(order.begin(), order.begin() + op.top_k, order.end(), [](auto& a, auto& b) {
+      return a.first > b.first || (a.first == b.first && a.second < b.second);
+    });
+    float sum = 0;
+    const std::size_t over = op.normalise ? static_cast<std::size_t>(op.top_k) : order.size();
+    const float most = order[0].first;
+    for (std::size_t i = 0; i < over; ++i) sum += std::exp(order[i].first - most);
+    for (int i = 0; i < op.top_k; ++i) order[i].first = std::exp(order[i].first - most) / sum;
+  }
+
+  void route(const float* logits, int count) {
+    const std::size_t experts = op.gate.size();
+    std::vector<std::pair<float, int>> order;
+    std::vector<std::pair<float, int>> chosen;
+    for (int r = 0; r < count; ++r) {
+      choose(logits, r, order);
+      chosen.insert(chosen.end(), order.begin(), order.begin() + op.top_k);
+    }
+    first.assign(experts + 1, 0);
+    for (const auto& [share, expert] : chosen) ++first[static_cast<std::size_t>(expert) + 1];
+    for (std::size_t e = 0; e < experts; ++e) first[e + 1] += first[e];
+    std::vector<int> next(first.begin(), first.end() - 1);
+    rows.resize(chosen.size());
+    shares.resize(chosen.size());
+    entries.resize(chosen.size());
+    for (std::size_t i = 0; i < chosen.size(); ++i) {
+      const int entry = next[static_cast<std::size_t>(chosen[i].second)]++;
+      rows[static_cast<std::size_t>(entry)] = static_cast<int>(i) / op.top_k;
+      shares[static_cast<std::size_t>(entry)] = chosen[i].first;
+      entries[i] = entry;
+    }
+  }
+
+  // The inputs of one expert, which lie behind those of the experts before it.
+  Inputs of(const Inputs& all, std::size_t expert) const {
+    const std::int64_t before = first[expert];
+    Inputs in = all;
+    in.rows = entries_of(expert);
+    in.codes = static_cast<char*>(all.codes) + before * all.padded * (all.segment ? 1 : 4);
+    in.scale += before * all.groups();
+    in.start += before * all.segments();
+    in.total += before * all.segments();
+    return in;
+  }
+
+  template <typename Step>
+  void cut(std::vector<Share>& into_parts, Step&& parts) const {
+    into_parts.clear();
+    for (std::size_t e = 0; e < op.gate.size(); ++e)
+      if (entries_of(e)) parts(e);
+  }
+};
+
+void Program::experts(ExpertsOp op) {
+  const auto r = std::make_shared<Routing>();
+  r->width = buffers_.at(op.out)->width;
+  r->ffn = static_cast<int>(op.gate.at(0).rows);
+  r->into = form(op.gate.at(0));
+  r->out_of = form(op.down.at(0));
+  for (std::size_t e = 0; e < op.gate.size(); ++e)
+    if (!same(form(op.gate[e]), r->into) || !same(form(op.up[e]), r->into) || !same(form(op.down[e]), r->out_of))
+      throw std::invalid_argument("experts of one layer must read their inputs in one form");
+  r->op = std::move(op);
+
+  const auto by_tile = [this, r] {
+    r->cut(r->tiles, [&](std::size_t e) {
+      for (std::int64_t t = 0; t < tiles(r->entries_of(e)); ++t) r->tiles.push_back({e, t, t + 1});
+    });
+    return r->tiles.size();
+  };
+  const auto by_panels = [this, r](const std::vector<Weight>& weights, int times) {
+    r->cut(r->products, [&](std::size_t e) {
+      const std::int64_t step = panels_at_a_time(weights[e], r->entries_of(e));
+      for (int i = 0; i < times; ++i)
+        for (std::int64_t at = 0; at < weights[e].panels(); at += step)
+          r->products.push_back({2 * e + static_cast<std::size_t>(i), at, std::min(at + step, weights[e].panels())});
+    });
+    return r->products.size();
+  };
+  const auto entry = [](const Aligned& numbers, int at, int stride) {
+    return numbers.data<float>() + static_cast<std::size_t>(at) * static_cast<std::size_t>(stride);
+  };
+
+  phases_.push_back({[] { return std::size_t{1}; },
+                     [this, r](std::size_t, int) {
+                       r->route(row(r->op.router, 0), step_.rows);
+                       const auto all = static_cast<std::size_t>(r->rows.size());
+                       prepare(r->into, 0, static_cast<std::int64_t>(all));
+                       prepare(r->out_of, 1, static_cast<std::int64_t>(all));
+                       r->gathered.reserve<float>(all * r->stride(r->width));
+                       r->gates.reserve<float>(all * r->stride(r->ffn));
+                       r->ups.reserve<float>(all * r->stride(r->ffn));
+                       r->results.reserve<float>(all * r->stride(r->width));
+                     }});
+  phases_.push_back({by_tile, [this, r, entry](std::size_t chunk, int) {
+                       const auto [e, tile, _] = r->tiles[chunk];
+                       const int begin = r->first[e] + static_cast<int>(tile) * kernels_.tile;
+                       const int end = std::min(begin + kernels_.tile, r->first[e + 1]), stride = r->stride(r->width);
+                       for (int at = begin; at < end; ++at)
+                         std::memcpy(entry(r->gathered, at, stride), row(r->op.x, r->rows[at]), sizeof(float) * r->width);
+                       kernels_.pack(r->of(r->into, e), entry(r->gathered, r->first[e], stride), r->width, stride, tile);
+                     }});
+  phases_.push_back({[r, by_panels] { return by_panels(r->op.gate, 2); },
+                     [this, r, entry](std::size_t chunk, int thread) {
+                       const auto [which, begin, end] = r->products[chunk];
+                       const std::size_t e = which / 2;
+                       const int stride = r->stride(r->ffn);
+                       kernels_.multiply((which % 2 ? r->op.up : r->op.gate)[e], r->of(r->into, e), begin, end,
+                                         entry(which % 2 ? r->ups : r->gates, r->first[e], stride), stride, nullptr, false,
+                                         scratch(thread));
+                     }});
+  phases_.push_back({by_tile, [this, r, entry](std::size_t chunk, int) {
+                       const auto [e, tile, _] = r->tiles[chunk];
+                       const int begin = r->first[e] + static_cast<int>(tile) * kernels_.tile;
+                       const int end = std::min(begin + kernels_.tile, r->first[e + 1]), stride = r->stride(r->ffn);
+                       for (int at = begin; at < end; ++at) {
+                         float* gate = entry(r->gates, at, stride);
+                         kernels_.ops->gate(gate, entry(r->ups, at, stride), r->ffn, r->op.activation, gate);
+                       }
+                       kernels_.pack(r->of(r->out_of, e), entry(r->gates, r->first[e], stride), r->ffn, stride, tile);
+                     }});
+  phases_.push_back({[r, by_panels] { return by_panels(r->op.down, 1); },
+                     [this, r, entry](std::size_t chunk, int thread) {
+                       const auto [which, begin, end] = r->products[chunk];
+                       const std::size_t e = which / 2;
+                       const int stride = r->stride(r->width);
+                       kernels_.multiply(r->op.down[e], r->of(r->out_of, e), begin, end,
+                                         entry(r->results, r->first[e], stride), stride, nullptr, false, scratch(thread));
+                     }});
+  each_row(r->op.out, [this, r, entry](int at) {
+    for (int i = 0; i < r->op.top_k; ++i) {
+      const int found = r->entries[static_cast<std::size_t>(at * r->op.top_k + i)];
+      kernels_.ops->add(entry(r->results, found, r->stride(r->width)), r->shares[found], r->width, row(r->op.out, at));
+    }
+  });
+}
+
+// ---- running ----
+
+void Program::check(const Step& step) const {
+  const auto refuse = [](const char* what, int found, std::int64_t below) {
+    throw std::invalid_argument(std::string(what) + " " + std::to_string(found) + " is not one of 0 … " +
+                                std::to_string(below - 1));
+  };
+  for (int r = 0; r < step.rows; ++r) {
+    if (step.tokens[r] < 0 || step.tokens[r] >= vocabulary_) refuse("token", step.tokens[r], vocabulary_);
+    if (step.slots[r] < 0 || step.slots[r] >= cache_.slots) refuse("slot", step.slots[r], cache_.slots);
+    if (step.positions[r] < 0 || step.positions[r] >= cache_.context) refuse("position", step.positions[r], cache_.context);
+    if (r && step.slots[r] == step.slots[r - 1] && step.positions[r] != step.positions[r - 1] + 1)
+      throw std::invalid_argument("rows of one slot must be at consecutive positions");
+  }
+  for (int r = 0; r < step.wanted_rows; ++r)
+    if (step.wanted[r] < 0 || step.wanted[r] >= step.rows) refuse("wanted row", step.wanted[r], step.rows);
+}
+
+void Program::make_room() {
+  for (const auto& rows : buffers_)
+    rows->numbers.reserve<float>(static_cast<std::size_t>(rows->selected ? step_.wanted_rows : step_.rows) *
+                                 static_cast<std::size_t>(rows->stride));
+}
+
+void Program::run(const Step& step, Buffer logits, float* out) {
+  check(step);
+  if (step.rows == 0) return;
+  step_ = step;
+  make_room();
+  pool_.run(phases_);
+  const auto numbers = static_cast<std::size_t>(width(logits));
+  for (int r = 0; r < step.wanted_rows; ++r) std::memcpy(out + r * numbers, row(logits, r), numbers * sizeof(float));
+}
+
+void Program::run_rows(int rows, Buffer x, const float* given, Buffer y, float* out) {
+  step_ = {.rows = rows};
+  make_room();
+  const auto before = static_cast<std::size_t>(width(x)), after = static_cast<std::size_t>(width(y));
+  for (int r = 0; r < rows; ++r) {
+    std::memcpy(row(x, r), given + r * before, before * sizeof(float));
+    std::memcpy(row(y, r), out + r * after, after * sizeof(float));
+  }
+  pool_.run(phases_);
+  for (int r = 0; r < rows; ++r) std::memcpy(out + r * after, row(y, r), after * sizeof(float));
+}
+
+}  // namespace fewbits::runtime

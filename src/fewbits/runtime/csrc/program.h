@@ -1,0 +1,149 @@
+// A model as a list of ops (ops.py), run from the first to the last by all threads without coming back to Python.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "kernels.h"
+#include "ops.h"
+#include "pool.h"
+#include "weight.h"
+
+namespace fewbits::runtime {
+
+// What one run is given: `rows` tokens, and which of them logits are wanted of.
+struct Step {
+  int rows = 0;
+  const int* tokens = nullptr;
+  const int* slots = nullptr;
+  const int* positions = nullptr;
+  int wanted_rows = 0;
+  const int* wanted = nullptr;
+};
+
+// Memory for numbers that kernels read in whole vectors; what it held is lost when it grows.
+class Aligned {
+ public:
+  template <typename T>
+  T* reserve(std::size_t count) {
+    grow(count * sizeof(T));
+    return static_cast<T*>(at_.get());
+  }
+  template <typename T>
+  T* data() const {
+    return static_cast<T*>(at_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const;
+  };
+  void grow(std::size_t bytes);
+
+  std::unique_ptr<void, Free> at_;
+  std::size_t bytes_ = 0;
+};
+
+using Buffer = int;
+
+struct LinearOp {
+  Buffer x;
+  std::vector<Weight> weights;
+  std::vector<Buffer> outs;
+  std::vector<const float*> biases;  // null: none
+  bool accumulate;
+};
+
+struct AttendOp {
+  Buffer q, k, v, out;
+  int layer, heads, kv_heads, head_dim;
+  float scale, softcap;
+  int window;
+  std::vector<float> frequencies;
+  float factor;
+  const float* q_norm;
+  const float* k_norm;
+  float eps;
+};
+
+struct ExpertsOp {
+  Buffer x, router, out;
+  std::vector<Weight> gate, up, down;
+  int top_k;
+  bool normalise;
+  Activation activation;
+};
+
+class Program {
+ public:
+  Program(int threads, std::string_view target, KeyValues& cache);
+
+  Buffer buffer(int width);
+  void embed(const Weight& table, Buffer out, float scale);
+  void norm(Buffer x, const float* weight, float eps, Buffer out, bool accumulate);
+  void linear(LinearOp op);
+  void attend(AttendOp op);
+  void gate(Buffer gate, Buffer up, Buffer out, Activation activation);
+  void experts(ExpertsOp op);
+  void add(Buffer x, Buffer out, Buffer gate);  // gate −1: none
+  void select(Buffer x, Buffer out);
+  void softcap(Buffer x, float cap);
+
+  // Runs everything; the last buffer's rows, `width` numbers each, are written to out. Throws std::invalid_argument for
+  // tokens, slots or positions that are not there, OutOfMemory, and whatever a kernel throws.
+  void run(const Step& step, Buffer logits, float* out);
+
+  // Runs the ops on rows that are given, without tokens: for the tests of one op.
+  void run_rows(int rows, Buffer x, const float* given, Buffer y, float* out);
+
+  const Kernels& kernels() const { return kernels_; }
+  int width(Buffer buffer) const { return buffers_.at(static_cast<std::size_t>(buffer))->width; }
+
+ private:
+  struct Rows {
+    int width, stride;
+    bool selected = false;  // a row for each wanted one
+    Aligned numbers;
+  };
+  // One form of an op's inputs, shared by its weights that agree in it; the memory is shared by all ops.
+  struct Packed {
+    Aligned codes, scale, start, total;
+  };
+  struct Part {  // of an attention: some rows of one sequence
+    int begin, end;
+  };
+  struct Routing;
+
+  float* row(Buffer buffer, int row) const;
+  int count(Buffer buffer) const;
+  void each_row(Buffer like, std::function<void(int row)> work);
+  Inputs form(const Weight& w) const;
+  void prepare(Inputs& in, int set, std::int64_t rows);
+  std::int64_t tiles(std::int64_t rows) const { return (rows + kernels_.tile - 1) / kernels_.tile; }
+  std::int64_t panels_at_a_time(const Weight& w, std::int64_t rows) const;
+  void* scratch(int thread) const { return scratch_[static_cast<std::size_t>(thread)].data<void>(); }
+  void angles(std::size_t table);
+  std::size_t table(const AttendOp& op);
+  void check(const Step& step) const;
+  void make_room();
+
+  Pool pool_;
+  const Kernels& kernels_;
+  KeyValues& cache_;
+  std::vector<std::unique_ptr<Rows>> buffers_;
+  std::vector<std::unique_ptr<Packed>> sets_;
+  std::vector<Aligned> scratch_;
+  std::vector<Phase> phases_;
+  struct Angles {
+    std::vector<float> frequencies;
+    float factor;
+    Aligned cosines, sines;
+  };
+  std::vector<std::unique_ptr<Angles>> angles_;
+  Step step_;
+  std::int64_t vocabulary_ = 0;
+};
+
+}  // namespace fewbits::runtime
