@@ -6,10 +6,12 @@ so that the compiled kernels, their numpy reference and a transformers model are
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+Numbers: TypeAlias = NDArray[np.int32]
 
 MOST_ROWS = 512
 """Rows of one call: what the buffers of a step are made for. Longer prompts come in several calls."""
@@ -35,7 +37,11 @@ class Runner(Protocol):
         """Rows that one call may have."""
 
     def forward(
-        self, tokens: NDArray[np.int32], slots: NDArray[np.int32], positions: NDArray[np.int32], wanted: NDArray[np.int32]
+        self,
+        tokens: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        wanted: NDArray[np.int32],
     ) -> NDArray[np.float32]:
         """Run tokens [rows], write their keys and values, and return the logits of the rows `wanted`.
 
