@@ -55,7 +55,7 @@ class Text:
     @property
     def template(self) -> str | None:
         """The chat template; of several, the default one."""
-        found = self._settings.get("chat_template")
+        found: Any = self._settings.get("chat_template")
         if isinstance(found, list):
             found = {entry["name"]: entry["template"] for entry in found}
         return found.get("default") if isinstance(found, Mapping) else found
@@ -109,7 +109,7 @@ class Text:
         own = self._tokenizer.token_to_id(self._special.get("eos_token", ""))
         inner = config.get("text_config") or {}
         said = (values.get("eos_token_id") for values in (generation, config, inner))
-        found = next((tokens for tokens in said if tokens is not None), [])
+        found: Any = next((tokens for tokens in said if tokens is not None), [])
         listed = found if isinstance(found, list) else [found]
         return [int(token) for token in listed] + ([] if own is None else [own])
 
