@@ -6,6 +6,7 @@
     fewbits.verify("model-int4", against="path/to/model")
     print(fewbits.evaluate("model-int4", against="path/to/model").mean_kld)
     model = fewbits.load("model-int4")
+    print(*fewbits.Engine("model-int4").generate("Once upon a time", max_tokens=64), sep="")
 
 Names are imported on first use, so that what needs only torch does not wait for transformers.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fewbits import formats
-    from fewbits.engine import load
+    from fewbits.engine import Engine, load
     from fewbits.errors import FewbitsError
     from fewbits.evals import evaluate
     from fewbits.formats import FORMATS, Format, QTensor, format_named
@@ -31,6 +32,7 @@ _ROOMS = {
     "METHODS": "methods",
     "Budget": "plan.planned",
     "Calibration": "pipeline",
+    "Engine": "engine",
     "Evaluation": "results",
     "FewbitsError": "errors",
     "Format": "formats",
@@ -55,6 +57,7 @@ __all__ = [
     "METHODS",
     "Budget",
     "Calibration",
+    "Engine",
     "Evaluation",
     "FewbitsError",
     "Format",

@@ -38,3 +38,7 @@ class VerificationError(FewbitsError):
 
 class QualityError(FewbitsError):
     """The quantized model is further from the original than the stated limit."""
+
+
+class RequestError(FewbitsError):
+    """A running model cannot serve this: a setting out of its range, or a prompt longer than the context."""

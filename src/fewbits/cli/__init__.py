@@ -9,8 +9,9 @@ A verb is a module with three functions:
 A group of verbs (`gguf`) has subparsers of its own, each of which sets `run` and `show`.
 
 `main` does what they have in common. With `--json` it prints the result as one JSON object instead of calling `show`,
-so nothing else can reach stdout; progress and notes go to stderr. A result with a property `passed` that is false makes
-the exit code 1. Rooms that are slow to import (transformers) are imported inside `run`.
+so nothing else can reach stdout; progress and notes go to stderr. (Verbs that write text show it while it comes: see
+`_writing`.) A result with a property `passed` that is false makes the exit code 1. Rooms that are slow to import
+(transformers) are imported inside `run`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fewbits.cli import (
+    chat,
     demo,
     evaluate,
     explain,
     formats,
+    generate,
     gguf,
     imatrix,
     inspect,
@@ -40,7 +43,22 @@ from fewbits.cli._print import EXIT_CODES, console, error, printed
 from fewbits.errors import FewbitsError, QualityError, VerificationError
 from fewbits.results import as_json
 
-VERBS = (plan, quantize, verify, evaluate, imatrix, inspect, formats, methods, memory, explain, gguf, demo)
+VERBS = (
+    plan,
+    quantize,
+    verify,
+    evaluate,
+    generate,
+    chat,
+    imatrix,
+    inspect,
+    formats,
+    methods,
+    memory,
+    explain,
+    gguf,
+    demo,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ class Weight:
             if self.restored is not None and self.restored.added:
                 numbers = numbers.float() + self.restored.added
             w[rows or ...] = numbers.to(device)
-        order = self._order()
+        order = self.row_order()
         return w if order is None else w[order.to(device)]
 
     def packed(self, dtype: torch.dtype, device: torch.device) -> PackedWeight:
@@ -60,7 +60,7 @@ class Weight:
         for rows in self._slabs():
             for name, part in self.reader.read(self.entry.name, rows).pack().items():
                 arrays[name][rows or ...] = part
-        order = self._order()
+        order = self.row_order()
         if order is not None:
             arrays = {name: array[order] for name, array in arrays.items()}
         return PackedWeight(format, shape, arrays, dtype).to(device)
@@ -87,7 +87,7 @@ class Weight:
         for start in range(0, shape[0], step):
             yield slice(start, min(start + step, shape[0]))
 
-    def _order(self) -> Tensor | None:
+    def row_order(self) -> Tensor | None:
         """Which row of the file is each row of the parameter; None where they are the same."""
         return None if self.restored is None else self.restored.row_order(self.entry.shape[0])
 

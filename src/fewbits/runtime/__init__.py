@@ -1,3 +1,3 @@
-"""Running a model on a plain CPU, by numpy and compiled kernels alone: what starts in a tenth of a second has no torch."""
+"""Running a model on a plain CPU, by numpy and compiled kernels alone: torch would cost the start a second."""
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The ops that a language model is composed of, as values; a `Program` is a list of them.
 
-An op reads and writes *buffers*: float32 [rows, width], named by strings. A row is a token of the step being run; behind
-`Select` it is one of the tokens whose logits were asked for. Programs are composed once, in Python, when a model is
-opened, and then run token after token without coming back to Python (`csrc/`), or op by op by the references beside
-them (`reference.py`).
+An op reads and writes *buffers*: float32 [rows, width], named by strings. A row is a token of the step being run; in
+the output of a `Select`, and in what is made of it, one of the tokens whose logits were asked for. Programs are
+composed once, in Python, when a model is opened, and then run token after token without coming back to Python
+(`csrc/`), or op by op by the references beside them (`reference.py`).
 
 Offsets of one that some architectures add to norm weights, and factors that they multiply embeddings with, are folded
 into the numbers here when a program is composed.
