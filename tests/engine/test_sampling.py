@@ -151,8 +151,15 @@ def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
         Sampling(**wrong)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers(temperature: float) -> None:
-    logits = np.array([0.0, np.nan], np.float32)
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(), Sampling(top_k=1)], ids=str)
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_logits_that_are_no_numbers(sampling: Sampling, wrong: float) -> None:
+    logits = np.array([0.0, wrong, 1.0], np.float32)
     with pytest.raises(CheckpointError, match="no number"):
-        choose(logits, NOTHING, Sampling(temperature=temperature), np.random.default_rng(0))
+        choose(logits, NOTHING, sampling, np.random.default_rng(0))
+
+
+def test_tokens_without_any_probability_may_be_among_the_top_k() -> None:
+    logits = np.array([-np.inf, 1.0, -np.inf, 0.0], np.float32)
+    drawn = {choose(logits, NOTHING, Sampling(top_k=3), np.random.default_rng(seed)) for seed in range(50)}
+    assert drawn == {1, 3}

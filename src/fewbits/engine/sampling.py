@@ -117,11 +117,10 @@ def choose(logits: Logits, history: Tokens, sampling: Sampling, rng: np.random.G
 
 def distribution(logits: Logits, history: Tokens, sampling: Sampling) -> Distribution:
     """What survives all filters, at a temperature above 0."""
-    scores = _penalised(logits, history, sampling.repetition_penalty) / np.float32(sampling.temperature)
-    top = scores.max()
-    _require_number(top)
+    scores = _penalised(logits, history, sampling.repetition_penalty)
+    _require_number(scores.max())
     tokens = _highest(scores, sampling.top_k)
-    found = Distribution(tokens, np.exp((scores if tokens is None else scores[tokens]) - top))
+    found = Distribution(tokens, _weights(scores if tokens is None else scores[tokens], sampling.temperature))
     if sampling.top_p < 1:
         found = found.only(_nucleus(found.weights, sampling.top_p))
     if sampling.min_p > 0:
@@ -146,7 +145,15 @@ def _penalised(logits: Logits, history: Tokens, penalty: float) -> Logits:
     return scores
 
 
+def _weights(scores: Logits, temperature: float) -> NDArray[np.float32]:
+    """exp((score − highest) / temperature), in one new array: half a megabyte for a large vocabulary."""
+    made = scores - scores.max()
+    made /= np.float32(temperature)
+    return np.exp(made, out=made)
+
+
 def _highest(scores: Logits, count: int) -> NDArray[np.intp] | None:
+    """Places of the `count` highest scores and of those equal to the last of them, in order; None for all."""
     if not 0 < count < len(scores):
         return None
     last = np.partition(scores, len(scores) - count)[len(scores) - count]
@@ -167,10 +174,10 @@ def _nucleus(weights: NDArray[np.float32], probability: float) -> NDArray[np.int
 
 def _ranked(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     """Places of the `count` highest values, highest first."""
-    if count >= len(values):
+    places = _highest(values, count)
+    if places is None:
         return np.argsort(-values, kind="stable")
-    head = np.sort(np.argpartition(values, len(values) - count)[len(values) - count :])
-    return head[np.argsort(-values[head], kind="stable")]
+    return places[np.argsort(-values[places], kind="stable")[:count]]
 
 
 def _place(weights: NDArray[np.float32], uniform: float) -> int:
