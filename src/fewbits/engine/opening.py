@@ -13,7 +13,8 @@ from typing import Any, cast
 from fewbits.engine.fingerprint import fingerprint
 from fewbits.engine.repacked import Repacked, packing, places, read
 from fewbits.errors import UnsupportedError
-from fewbits.runtime.reference import Kv, ReferenceRunner
+from fewbits.runtime.compiled import runner
+from fewbits.runtime.reference import Kv
 from fewbits.runtime.runner import Runner
 from fewbits.runtime.tiles import Weight
 
@@ -40,7 +41,7 @@ def open_runner(
         tokens = _context(path, context, found)
     except _NotComposedError as error:
         return _by_transformers(path, str(error), slots=slots, context=context, kv=kv, threads=threads)
-    return ReferenceRunner(found.program, slots, tokens, cast(Kv, kv)), found.facts
+    return runner(found.program, slots, tokens, cast(Kv, kv), threads), found.facts
 
 
 class _NotComposedError(UnsupportedError):

@@ -2,7 +2,7 @@
 
 `ReferenceRunner` runs a program by them. With `exact` a product is one of floating-point numbers; without, its inputs
 are first rounded as the kernels round them: x is cut into groups of `input_group(weight)` columns, each with the scale
-max|x| / 127, and a code is x / scale to the nearest integer, a tie to the even one. The kernels then multiply integers,
+max|x| / 127, and a code is x · (127 / max|x|) to the nearest integer, a tie to the even one. The kernels then multiply integers,
 which is the same product up to the order of float32 sums.
 
 Decoded matrices are kept, four bytes a weight, because decoding takes longer than the product it is for.
@@ -57,7 +57,10 @@ def rounded(x: Floats, group: int) -> Floats:
     found = np.empty_like(x)
     for start in range(0, x.shape[1], group):
         part = x[:, start : start + group]
-        found[:, start : start + group] = coded(part, 127)
+        peak = np.abs(part).max(axis=-1, keepdims=True)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            codes = np.where(peak > 0, np.rint(part * (np.float32(127) / peak)), np.float32(0))
+        found[:, start : start + group] = codes * (peak / np.float32(127))
     return found
 
 

@@ -44,7 +44,7 @@ Program::Program(int threads, std::string_view target, KeyValues& cache)
 // ---- composing ----
 
 Buffer Program::buffer(int width) {
-  buffers_.push_back(std::make_unique<Rows>(Rows{width, whole_panels(width), false, {}}));
+  buffers_.push_back(std::make_unique<Rows>(Rows{width, whole_panels(width), false, false, false, {}}));
   return static_cast<Buffer>(buffers_.size()) - 1;
 }
 
@@ -53,18 +53,23 @@ float* Program::row(Buffer buffer, int row) const {
   return rows.numbers.data<float>() + static_cast<std::size_t>(row) * static_cast<std::size_t>(rows.stride);
 }
 
-int Program::count(Buffer buffer) const {
-  return buffers_.at(static_cast<std::size_t>(buffer))->selected ? step_.wanted_rows : step_.rows;
+// Notes that a buffer is written from here on, with a row for each token or for each wanted one; says which.
+bool Program::write(Buffer out, bool selected) {
+  Rows& rows = *buffers_.at(static_cast<std::size_t>(out));
+  rows.selected = selected;
+  (selected ? rows.of_wanted : rows.of_tokens) = true;
+  return selected;
 }
 
 // Small work, a row at a time.
-void Program::each_row(Buffer like, std::function<void(int row)> work) {
-  phases_.push_back({[this, like] { return static_cast<std::size_t>(count(like)); },
+void Program::each_row(bool selected, std::function<void(int row)> work) {
+  phases_.push_back({[this, selected] { return static_cast<std::size_t>(count(selected)); },
                      [work = std::move(work)](std::size_t row, int) { work(static_cast<int>(row)); }});
 }
 
 void Program::embed(const Weight& table, Buffer out, float scale) {
   vocabulary_ = table.rows;
+  write(out, false);
   phases_.push_back({[this] { return static_cast<std::size_t>(step_.rows); },
                      [this, table, out, scale](std::size_t r, int thread) {
                        const int at = static_cast<int>(r);
@@ -73,19 +78,18 @@ void Program::embed(const Weight& table, Buffer out, float scale) {
 }
 
 void Program::norm(Buffer x, const float* weight, float eps, Buffer out, bool accumulate) {
-  buffers_.at(out)->selected = buffers_.at(x)->selected;
   const auto width = static_cast<std::size_t>(buffers_.at(x)->width);
-  each_row(x, [=, this](int r) { kernels_.ops->norm(row(x, r), weight, eps, width, row(out, r), accumulate); });
+  each_row(write(out, buffers_.at(x)->selected), [=, this](int r) { kernels_.ops->norm(row(x, r), weight, eps, width, row(out, r), accumulate); });
 }
 
 void Program::gate(Buffer gate, Buffer up, Buffer out, Activation activation) {
   const auto width = static_cast<std::size_t>(buffers_.at(out)->width);
-  each_row(out, [=, this](int r) { kernels_.ops->gate(row(gate, r), row(up, r), width, activation, row(out, r)); });
+  each_row(write(out, buffers_.at(up)->selected), [=, this](int r) { kernels_.ops->gate(row(gate, r), row(up, r), width, activation, row(out, r)); });
 }
 
 void Program::add(Buffer x, Buffer out, Buffer gate) {
   const auto width = static_cast<std::size_t>(buffers_.at(out)->width);
-  each_row(out, [=, this](int r) {
+  each_row(write(out, buffers_.at(x)->selected), [=, this](int r) {
     const float factor = gate < 0 ? 1.0f : 1.0f / (1.0f + std::exp(-*row(gate, r)));
     kernels_.ops->add(row(x, r), factor, width, row(out, r));
   });
@@ -93,13 +97,12 @@ void Program::add(Buffer x, Buffer out, Buffer gate) {
 
 void Program::softcap(Buffer x, float cap) {
   const auto width = static_cast<std::size_t>(buffers_.at(x)->width);
-  each_row(x, [=, this](int r) { kernels_.ops->softcap(row(x, r), width, cap); });
+  each_row(buffers_.at(x)->selected, [=, this](int r) { kernels_.ops->softcap(row(x, r), width, cap); });
 }
 
 void Program::select(Buffer x, Buffer out) {
-  buffers_.at(out)->selected = true;
   const auto bytes = static_cast<std::size_t>(buffers_.at(x)->width) * sizeof(float);
-  each_row(out, [=, this](int r) { std::memcpy(row(out, r), row(x, step_.wanted[r]), bytes); });
+  each_row(write(out, true), [=, this](int r) { std::memcpy(row(out, r), row(x, step_.wanted[r]), bytes); });
 }
 
 // ---- products ----
@@ -149,18 +152,19 @@ void Program::linear(LinearOp op) {
     std::vector<Inputs> forms;
     std::vector<std::size_t> form_of;
     std::vector<Share> shares;
+    bool selected;
   };
-  const auto state = std::make_shared<State>(State{std::move(op), {}, {}, {}});
+  const bool selected = buffers_.at(op.x)->selected;
+  for (Buffer out : op.outs) write(out, selected);
+  const auto state = std::make_shared<State>(State{std::move(op), {}, {}, {}, selected});
   for (const Weight& w : state->op.weights) {
     const Inputs wanted = form(w);
     const auto found = std::find_if(state->forms.begin(), state->forms.end(), [&](auto& f) { return same(f, wanted); });
     state->form_of.push_back(static_cast<std::size_t>(found - state->forms.begin()));
     if (found == state->forms.end()) state->forms.push_back(wanted);
   }
-  for (Buffer out : state->op.outs) buffers_.at(out)->selected = buffers_.at(state->op.x)->selected;
-
   phases_.push_back({[this, state] {
-                       const int rows = count(state->op.x);
+                       const int rows = count(state->selected);
                        for (std::size_t i = 0; i < state->forms.size(); ++i) prepare(state->forms[i], static_cast<int>(i), rows);
                        return static_cast<std::size_t>(tiles(rows)) * state->forms.size();
                      },
@@ -172,7 +176,7 @@ void Program::linear(LinearOp op) {
                      }});
   phases_.push_back({[this, state] {
                        state->shares.clear();
-                       const int rows = count(state->op.x);
+                       const int rows = count(state->selected);
                        for (std::size_t i = 0; rows && i < state->op.weights.size(); ++i) {
                          const Weight& w = state->op.weights[i];
                          const std::int64_t step = panels_at_a_time(w, rows);
@@ -220,6 +224,7 @@ void Program::angles(std::size_t table) {
 
 void Program::attend(AttendOp op) {
   const std::size_t table = this->table(op);
+  write(op.out, false);
   const auto shared = std::make_shared<AttendOp>(std::move(op));
   const auto stride = [this](Buffer b) { return static_cast<std::size_t>(buffers_.at(b)->stride); };
   phases_.push_back({[shared] { return static_cast<std::size_t>(shared->kv_heads); },
@@ -412,7 +417,7 @@ void Program::experts(ExpertsOp op) {
                        kernels_.multiply(r->op.down[e], r->of(r->out_of, e), begin, end,
                                          entry(r->results, r->first[e], stride), stride, nullptr, false, scratch(thread));
                      }});
-  each_row(r->op.out, [this, r, entry](int at) {
+  each_row(write(r->op.out, false), [this, r, entry](int at) {
     for (int i = 0; i < r->op.top_k; ++i) {
       const int found = r->entries[static_cast<std::size_t>(at * r->op.top_k + i)];
       kernels_.ops->add(entry(r->results, found, r->stride(r->width)), r->shares[found], r->width, row(r->op.out, at));
@@ -440,8 +445,9 @@ void Program::check(const Step& step) const {
 
 void Program::make_room() {
   for (const auto& rows : buffers_)
-    rows->numbers.reserve<float>(static_cast<std::size_t>(rows->selected ? step_.wanted_rows : step_.rows) *
-                                 static_cast<std::size_t>(rows->stride));
+    rows->numbers.reserve<float>(
+        static_cast<std::size_t>(std::max(rows->of_tokens ? step_.rows : 0, rows->of_wanted ? step_.wanted_rows : 0)) *
+        static_cast<std::size_t>(rows->stride));
 }
 
 void Program::run(const Step& step, Buffer logits, float* out) {
@@ -455,7 +461,9 @@ void Program::run(const Step& step, Buffer logits, float* out) {
 }
 
 void Program::run_rows(int rows, Buffer x, const float* given, Buffer y, float* out) {
-  step_ = {.rows = rows};
+  step_ = {};
+  step_.rows = rows;
+  write(x, false);
   make_room();
   const auto before = static_cast<std::size_t>(width(x)), after = static_cast<std::size_t>(width(y));
   for (int r = 0; r < rows; ++r) {

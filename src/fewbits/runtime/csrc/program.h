@@ -104,7 +104,8 @@ class Program {
  private:
   struct Rows {
     int width, stride;
-    bool selected = false;  // a row for each wanted one
+    bool selected = false;                     // as ops are added: whether it has a row for each wanted one, or each
+    bool of_tokens = false, of_wanted = false;  // at any time
     Aligned numbers;
   };
   // One form of an op's inputs, shared by its weights that agree in it; the memory is shared by all ops.
@@ -117,8 +118,9 @@ class Program {
   struct Routing;
 
   float* row(Buffer buffer, int row) const;
-  int count(Buffer buffer) const;
-  void each_row(Buffer like, std::function<void(int row)> work);
+  int count(bool selected) const { return selected ? step_.wanted_rows : step_.rows; }
+  bool write(Buffer out, bool selected);
+  void each_row(bool selected, std::function<void(int row)> work);
   Inputs form(const Weight& w) const;
   void prepare(Inputs& in, int set, std::int64_t rows);
   std::int64_t tiles(std::int64_t rows) const { return (rows + kernels_.tile - 1) / kernels_.tile; }
