@@ -20,6 +20,8 @@ struct Kernels {
                    const float* bias, bool accumulate, void* scratch);
   void (*embed)(const Weight&, std::int64_t row, float factor, float* out, void* scratch);
   const Ops* ops;  // the others
+  std::int64_t (*integer_products)(std::int64_t rounds);
+  std::uint8_t (*read_lines)(const std::uint8_t* at, std::int64_t bytes);
 };
 
 // Targets that this processor runs, the best first; the last one runs anywhere.

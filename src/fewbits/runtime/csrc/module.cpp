@@ -7,6 +7,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <chrono>
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -126,6 +129,40 @@ void multiply(const std::string& target, int threads, const Held& held, Numbers 
   const auto before = program.buffer(static_cast<int>(w.columns)), after = program.buffer(static_cast<int>(w.rows));
   program.linear({before, {w}, {after}, {bias ? bias->data() : nullptr}, accumulate});
   program.run_rows(static_cast<int>(x.shape(0)), before, x.data(), after, out.data());
+}
+
+double seconds_of(Pool& pool, std::size_t chunks, const std::function<void(std::size_t, int)>& work) {
+  const std::vector<Phase> phases{{[=] { return chunks; }, work}};
+  pool.run(phases);  // threads awake, pages there
+  const auto begin = std::chrono::steady_clock::now();
+  pool.run(phases);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// Operations a second, a multiplication and an addition each counted, of products from registers.
+double integer_peak(const std::string& target, int threads) {
+  constexpr std::int64_t rounds = 1 << 19;
+  const Kernels& k = kernels(target);
+  Pool pool(threads);
+  std::atomic<std::int64_t> done{0};
+  nb::gil_scoped_release released;
+  const double seconds = seconds_of(pool, static_cast<std::size_t>(threads) * 8, [&](std::size_t, int) { done += k.integer_products(rounds); });
+  return static_cast<double>(done) / seconds;  // two runs of one operation each
+}
+
+// Bytes a second that threads read from `bytes` of memory together; more than any cache holds.
+double read_bandwidth(const std::string& target, int threads, std::int64_t bytes) {
+  constexpr std::int64_t part = 1 << 20;
+  require(bytes >= part, "too few bytes to tell");
+  const Kernels& k = kernels(target);
+  Pool pool(threads);
+  Aligned memory;
+  nb::gil_scoped_release released;
+  auto* at = memory.reserve<std::uint8_t>(static_cast<std::size_t>(bytes), true);
+  std::memset(at, 1, static_cast<std::size_t>(bytes));
+  std::atomic<unsigned> seen{0};
+  const double seconds = seconds_of(pool, static_cast<std::size_t>(bytes / part), [&](std::size_t i, int) { seen += k.read_lines(at + i * part, part); });
+  return static_cast<double>(bytes / part * part) / seconds;
 }
 
 using Objects = std::vector<nb::object>;
@@ -282,6 +319,8 @@ NB_MODULE(_runtime, m) {
   bind_ops(m, ops_of);
   bind_weights(m);
   bind_program(m);
+  m.def("integer_peak", &integer_peak, nb::arg("target"), nb::arg("threads"));
+  m.def("read_bandwidth", &read_bandwidth, nb::arg("target"), nb::arg("threads"), nb::arg("bytes"));
   m.def("multiply", &multiply, nb::arg("target"), nb::arg("threads"), nb::arg("weight"), nb::arg("x"), nb::arg("out"),
         nb::arg("bias").none(), nb::arg("accumulate"));
 }

@@ -8,6 +8,10 @@
 #include <string>
 #include <thread>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fewbits::runtime {
 
 namespace {
@@ -23,15 +27,17 @@ int whole_panels(int width) { return (width + PANEL - 1) / PANEL * PANEL; }
 
 void Aligned::Free::operator()(void* p) const { std::free(p); }
 
-void Aligned::grow(std::size_t bytes) {
+void Aligned::grow(std::size_t bytes, bool huge_pages) {
   if (bytes <= bytes_) return;
-  constexpr std::size_t line = 64;
-  const std::size_t whole = (bytes + line - 1) / line * line;
+  const std::size_t line = huge_pages ? 2 << 20 : 64, whole = (bytes + line - 1) / line * line;
   at_.reset();
   bytes_ = 0;
   at_.reset(std::aligned_alloc(line, whole));
   if (!at_) throw OutOfMemory(whole);
   bytes_ = whole;
+#if defined(__linux__)
+  if (huge_pages) madvise(at_.get(), whole, MADV_HUGEPAGE);
+#endif
 }
 
 Program::Program(int threads, std::string_view target, KeyValues& cache)

@@ -27,8 +27,8 @@ struct Step {
 class Aligned {
  public:
   template <typename T>
-  T* reserve(std::size_t count) {
-    grow(count * sizeof(T));
+  T* reserve(std::size_t count, bool huge_pages = false) {
+    grow(count * sizeof(T), huge_pages);
     return static_cast<T*>(at_.get());
   }
   template <typename T>
@@ -40,7 +40,7 @@ class Aligned {
   struct Free {
     void operator()(void* p) const;
   };
-  void grow(std::size_t bytes);
+  void grow(std::size_t bytes, bool huge_pages);
 
   std::unique_ptr<void, Free> at_;
   std::size_t bytes_ = 0;

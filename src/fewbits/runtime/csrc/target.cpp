@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "multiply.inl"
+#include "roofline.inl"
 
 #define FEWBITS_TEXT(x) #x
 #define FEWBITS_NAME(x) FEWBITS_TEXT(x)
@@ -27,6 +28,6 @@ void embed_with(const Weight& w, std::int64_t row, float factor, float* out, voi
 
 extern const Kernels table;
 const Kernels table{FEWBITS_NAME(FEWBITS_TARGET), TILE, SHIFTED, sizeof(Scratch), pack, multiply_with, embed_with,
-                    &FEWBITS_OPS::ops};
+                    &FEWBITS_OPS::ops, integer_products, read_lines};
 
 }  // namespace fewbits::runtime::FEWBITS_TARGET
