@@ -147,9 +147,10 @@ def _penalised(logits: Logits, history: Tokens, penalty: float) -> Logits:
 
 def _weights(scores: Logits, temperature: float) -> NDArray[np.float32]:
     """exp((score − highest) / temperature), in one new array: half a megabyte for a large vocabulary."""
-    made = scores - scores.max()
+    made: NDArray[np.float32] = scores - scores.max()
     made /= np.float32(temperature)
-    return np.exp(made, out=made)
+    np.exp(made, out=made)
+    return made
 
 
 def _highest(scores: Logits, count: int) -> NDArray[np.intp] | None:

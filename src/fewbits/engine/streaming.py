@@ -23,6 +23,7 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
@@ -37,8 +38,6 @@ class Vocabulary:
         self._level = _byte_level(_decoders(tokenizer))
         self._fallback = "ByteFallback" in _decoders(tokenizer)
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._anchor = self._ordinary()
-        self._before = tokenizer.decode([self._anchor])
         self._known: dict[tuple[int, bool], bytes] = {}
 
     def shown(self, token: int) -> bool:
@@ -63,14 +62,16 @@ class Vocabulary:
             return bytes.fromhex(byte[1])
         if first:
             return str(self._tokenizer.decode([token])).encode()
-        return str(self._tokenizer.decode([self._anchor, token]))[len(self._before) :].encode()
+        anchor, before = self._anchor
+        return str(self._tokenizer.decode([anchor, token]))[len(before) :].encode()
 
-    def _ordinary(self) -> int:
-        """A token of letters, to stand before others."""
+    @cached_property
+    def _anchor(self) -> tuple[int, str]:
+        """A token of letters, to stand before others, and its text."""
         added = self._tokenizer.get_added_tokens_decoder()
-        words = self._tokenizer.get_vocab(with_added_tokens=False)
-        letters = (i for word, i in words.items() if i not in added and word.isascii() and word.isalpha())
-        return min(letters, default=min(words.values(), default=0))
+        words = ((i, self._tokenizer.id_to_token(i)) for i in range(self._tokenizer.get_vocab_size()) if i not in added)
+        anchor = next((i for i, word in words if word and word.isascii() and word.isalpha()), 0)
+        return anchor, str(self._tokenizer.decode([anchor]))
 
 
 class Detokenizer:
