@@ -1,12 +1,13 @@
 """A checkpoint as a program, and the texts that a text engine needs beside it: what is kept in the cache.
 
-Inputs that a checkpoint wants rounded (W8A8) are rounded here as all inputs are, to INT8 by groups of 32 to 128 columns
-of each token, at scales of their own: a finer rounding than any checkpoint's, which has one scale for a whole row or
-for all inputs.
+Inputs that a checkpoint wants rounded (W8A8) are rounded here as all inputs are: to INT8 by groups of 32 to 128 columns
+of each token, at scales of their own, where weights are integers, and not at all where they are floats. That is finer
+than any checkpoint's rounding, which has one scale for a whole row or for all inputs; a line in the log says so.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from fewbits.engine.families import family_of
@@ -15,6 +16,8 @@ from fewbits.engine.repacked import Repacked
 from fewbits.engine.skeleton import is_causal
 from fewbits.engine.text_files import text_files
 from fewbits.errors import UnsupportedError
+
+log = logging.getLogger(__name__)
 
 
 def compose(path: Path, keep: Keep) -> Repacked:
@@ -25,5 +28,7 @@ def compose(path: Path, keep: Keep) -> Repacked:
     parameters = Parameters(path, keep)
     if not is_causal(parameters.config):
         raise UnsupportedError("no model that predicts the next token")
+    if parameters.rounds_inputs:
+        log.info("%s: inputs are rounded more finely than it says, each group at a scale of its own", path)
     program = family_of(parameters.config).compose(parameters)
     return Repacked(program, text_files(path) | {"longest": longest(parameters.config)})

@@ -42,6 +42,7 @@ class Parameters:
     """The parameters of an open checkpoint, and its configuration.
 
     keep: what becomes of each weight once it is in tiles (written to a file, say); it returns the weight to use.
+    rounds_inputs: whether the checkpoint wants inputs of linear layers rounded.
     """
 
     def __init__(self, path: Path, keep: Keep = lambda weight: weight) -> None:
@@ -49,6 +50,7 @@ class Parameters:
         self._model, self._keep = skeleton(self.config, torch.float32), keep
         expected = dict(self._model.state_dict())
         stored = {name: weight for name, weight in weights.items() if not is_scale(weight.entry)}
+        self.rounds_inputs = any(weight.entry.inputs is not None for weight in stored.values())
         placed, unexpected = placements(self._model, stored, expected)
         refuse_unexpected(self._model, unexpected)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}

@@ -21,6 +21,7 @@ import json
 import logging
 import mmap
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ NAME = "fewbits-tiles"
 MAGIC = b"fewbits\x01"
 PREAMBLE = struct.Struct("<8sQQQ32s")
 PAGE = 4096
+WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+PACKAGE = Path(__file__).parents[1]
 NARROW = 64
 """Alignment of arrays below a page: a cache line."""
 
@@ -59,8 +62,14 @@ class Repacked:
 
 
 def places(path: Path) -> Iterator[Path]:
-    """Where the cache of a checkpoint may lie: beside it, then in the user's cache folder."""
-    yield path / f".{NAME}" if path.is_dir() else path.with_name(f"{path.name}.{NAME}")
+    """Where the cache of a checkpoint may lie: beside it, then in the user's cache folder.
+
+    A folder that nobody is meant to write into, by its permissions or because it is this package, is left alone, also
+    where a superuser could.
+    """
+    folder = path if path.is_dir() else path.parent
+    if folder.stat().st_mode & WRITABLE and PACKAGE not in folder.resolve().parents:
+        yield path / f".{NAME}" if path.is_dir() else path.with_name(f"{path.name}.{NAME}")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     yield home / "fewbits" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.{NAME}"
 

@@ -16,7 +16,7 @@ All of it goes by slabs of rows on every core: nothing holds a matrix in float32
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, log2
@@ -60,6 +60,8 @@ GRANULE = 16
 """Columns that the kernels let share params, or a multiple of them."""
 SPAN = 256
 """Columns that share a factor in formats of two levels."""
+KINDS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+"""What `Floats` calls its types."""
 NEUTRAL = {"scale": 1, "zero": 0, "offset": 0, "exponent": 127, "global_scale": 1} | {
     "factor": 1,
     "steps": 1,
@@ -145,29 +147,36 @@ def _table(bits: int, first: int, levels: Tensor) -> Grid:
 def _tiles(format: Format, shape: tuple[int, int], read: Read) -> Tiles:
     grid = _grid(format)
     assert grid is not None
-    assert isinstance(format, Grouped)
-    rows, columns = shape
-    group = format.group if isinstance(format.group, int) else blocks(columns) * BLOCK
+    (rows, columns), group = shape, _group(format, shape[1])
     codes = np.empty((panels(rows), blocks(columns), grid.bits * PANEL * STEP), np.uint8)
 
     def slab(part: slice) -> tuple[Params, Params | None]:
         weight = read(part)
         unsigned = weight.codes - grid.first if grid.first else weight.codes  # bytes wrap around
-        into = torch.from_numpy(codes[part.start // PANEL :][: panels(part.stop - part.start)])
-        pack_codes(unsigned.view(torch.uint8), grid.bits, into)
-        shaped = [None if p is None else _params(p, len(weight.codes), columns, group) for p in _scales(weight, grid)]
-        assert shaped[0] is not None
-        return shaped[0], shaped[1]
+        pack_codes(unsigned.view(torch.uint8), grid.bits, torch.from_numpy(_panels_of(codes, part)))
+        scale, offset = _scales(weight, grid)
+        return _params(scale, shape, group, part), None if offset is None else _params(offset, shape, group, part)
 
-    parts = _by_slabs(shape, slab)
-    scale, offset = _joined([scale for scale, _ in parts]), _joined([offset for _, offset in parts])
+    scales, offsets = zip(*_by_slabs(shape, slab), strict=True)
+    scale, offset = _joined(scales), _joined(offsets)
     assert scale is not None
-    table = None if grid.table is None else np.zeros(16, np.uint8)
-    if table is not None and grid.table is not None:
-        table[: len(grid.table)] = grid.table
     return Tiles(
-        rows, columns, grid.bits, group, grid.zero, codes, _scale(scale, group), _offset(scale, offset, group), table
+        *(rows, columns, grid.bits, group, grid.zero, codes),
+        scale=_scale(scale, group),
+        offset=_offset(scale, offset, group),
+        table=None if grid.table is None else np.array(grid.table + (16 - len(grid.table)) * (0,), np.uint8),
     )
+
+
+def _group(format: Format, columns: int) -> int:
+    """Columns that share params: of the format, or all."""
+    group = getattr(format, "group", None)
+    return group if isinstance(group, int) else blocks(columns) * BLOCK
+
+
+def _panels_of(array: Array, part: slice) -> Array:
+    """The panels in which a slab of rows lies."""
+    return array[part.start // PANEL : panels(part.stop)]
 
 
 def pack_codes(codes: Tensor, bits: int, into: Tensor) -> None:
@@ -198,9 +207,10 @@ def _scales(weight: QTensor, grid: Grid) -> tuple[Params, Params | None]:
     return (format.scale_at(params) * grid.unit,), (format.offset_at(params),)
 
 
-def _params(params: Params, rows: int, columns: int, group: int) -> Params:
-    """Each [panels, groups, 16], filled up with zeros."""
-    return tuple(_param(p.expand(rows, p.shape[-1]), columns, group) for p in params)
+def _params(params: Params, shape: tuple[int, int], group: int, part: slice) -> Params:
+    """Of a slab, each [panels, groups, 16], filled up with zeros."""
+    rows = part.stop - part.start
+    return tuple(_param(p.expand(rows, p.shape[-1]), shape[1], group) for p in params)
 
 
 def _param(p: Tensor, columns: int, group: int) -> Tensor:
@@ -218,7 +228,7 @@ def _by_slabs(shape: tuple[int, int], make: Callable[[slice], T]) -> list[T]:
         return list(pool.map(make, parts))
 
 
-def _joined(parts: list[Params] | list[Params | None]) -> list[NDArray[np.float32]] | None:
+def _joined(parts: Iterable[Params | None]) -> list[NDArray[np.float32]] | None:
     present = [part for part in parts if part is not None]
     if not present:
         return None
@@ -256,26 +266,27 @@ def narrowest(numbers: NDArray[np.float32]) -> Array:
 
 
 def _floats(format: Format, shape: tuple[int, int], read: Read) -> Floats:
-    rows, columns = shape
-    scaled = isinstance(format, Grouped) and _levels_fit_float16(format)
+    (rows, columns), scaled = shape, isinstance(format, Grouped) and _levels_fit_float16(format)
     dtype = torch.float16 if scaled else _own_dtype(format)
     values = torch.empty(panels(rows), blocks(columns) * BLOCK, PANEL, dtype=dtype)
-    group = 0
-    if scaled and isinstance(format, Grouped):
-        group = format.group if isinstance(format.group, int) else blocks(columns) * BLOCK
+    group = _group(format, columns) if scaled else 0
 
     def slab(part: slice) -> Params | None:
         weight = read(part)
-        numbers, scale = _levels(weight) if scaled else (weight.codes if _kept(format) else weight.dequantize(), None)
-        into = values[part.start // PANEL :][: panels(part.stop - part.start)]
+        numbers, scale = _levels(weight) if scaled else (_plain(weight), None)
         filled = pad(numbers.to(dtype), (0, values.shape[1] - columns, 0, -len(numbers) % PANEL))
-        into.copy_(filled.view(-1, PANEL, values.shape[1]).transpose(1, 2))
-        return None if scale is None else _params((scale,), len(numbers), columns, group)
+        by_panel = filled.view(-1, PANEL, values.shape[1]).transpose(1, 2)
+        values[part.start // PANEL : panels(part.stop)] = by_panel
+        return None if scale is None else _params((scale,), shape, group, part)
 
     found = _joined(_by_slabs(shape, slab))
-    kind = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
-    array = (values.view(torch.int16).numpy().view(np.uint16)) if dtype == torch.bfloat16 else values.numpy()
-    return Floats(rows, columns, kind, array, group, None if found is None else Direct(narrowest(found[0])))
+    array: Array = values.view(torch.int16).numpy().view(np.uint16) if dtype == torch.bfloat16 else values.numpy()
+    return Floats(rows, columns, KINDS[dtype], array, group, None if found is None else Direct(narrowest(found[0])))
+
+
+def _plain(weight: QTensor) -> Tensor:
+    """The numbers of a weight that has no scales to be kept."""
+    return weight.codes if _kept(weight.format) else weight.dequantize()
 
 
 def _own_dtype(format: Format) -> torch.dtype:
@@ -284,7 +295,7 @@ def _own_dtype(format: Format) -> torch.dtype:
 
 def _kept(format: Format) -> bool:
     """Whether codes are the numbers themselves, in a type that kernels read."""
-    return isinstance(format, Float) and format.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return isinstance(format, Float) and format.dtype in KINDS
 
 
 @lru_cache
