@@ -52,7 +52,19 @@ class Text:
         keys, values = (x[begin:end].reshape(rows, -1).copy() for x in (self.keys, self.values))
         slots, positions = np.full(rows, self.slot, np.int32), np.arange(begin, end, dtype=np.int32)
         ops.prepare(
-            self.target, keys.copy(), keys, values, still, 0 * still, None, None, 0.0, self.cache, self.layer, slots, positions
+            self.target,
+            keys.copy(),
+            keys,
+            values,
+            still,
+            0 * still,
+            None,
+            None,
+            0.0,
+            self.cache,
+            self.layer,
+            slots,
+            positions,
         )
 
 
@@ -155,7 +167,9 @@ def test_softcap_and_scale(target, kind):
 
 
 @each_target
-@pytest.mark.parametrize("chunks", [[(0, 1), (1, 130)], [(0, 64), (64, 128), (128, 130)], [(i, i + 1) for i in range(130)]])
+@pytest.mark.parametrize(
+    "chunks", [[(0, 1), (1, 130)], [(0, 64), (64, 128), (128, 130)], [(i, i + 1) for i in range(130)]]
+)
 def test_chunks_do_not_change_what_is_computed(target, chunks):
     check(Text.random(target, "f16", 140), queries(130, 8), 10, chunks)
 

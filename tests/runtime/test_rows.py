@@ -128,7 +128,10 @@ def test_rotation_is_that_of_transformers(target, head_dim, part):
 @each_target
 def test_heads_are_normed_one_by_one(target):
     rows, heads, kv_heads, head_dim = 3, 4, 2, 24
-    q, k = numbers(rows * heads * head_dim, 9.0).reshape(rows, -1), numbers(rows * kv_heads * head_dim).reshape(rows, -1)
+    q, k = (
+        numbers(rows * heads * head_dim, 9.0).reshape(rows, -1),
+        numbers(rows * kv_heads * head_dim).reshape(rows, -1),
+    )
     q_norm, k_norm = numbers(head_dim, seed=1), numbers(head_dim, seed=2)
     expected = [
         functional.rms_norm(double(x).reshape(rows, -1, head_dim), (head_dim,), double(w), 1e-6).reshape(rows, -1)

@@ -187,7 +187,9 @@ void attend_block(const Group& g, const CacheBlock& block, const std::byte* keys
     }
   };
   by_tile([&](int first, int height, int) {
-    with_height(height, [&]<int H>() { score<N, H>(g.q + first * head_dim, keys, head_dim, g.scores + first * POSITIONS); });
+    with_height(height, [&]<int H>() {
+      score<N, H>(g.q + first * head_dim, keys, head_dim, g.scores + first * POSITIONS);
+    });
     for (int query = first; query < first + height; ++query) {
       const int position = g.position(query);
       complete(g.job, block, g.first_seen(position) - start, position + 1 - start, g.scores + query * POSITIONS);
