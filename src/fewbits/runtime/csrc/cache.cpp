@@ -73,6 +73,10 @@ CacheBlock KeyValues::block(int layer, int slot, int kv_head, int position) cons
   return {keys, values, scales, scales + POSITIONS};
 }
 
+std::ptrdiff_t KeyValues::ahead() const noexcept {
+  return static_cast<std::ptrdiff_t>(size(kv_heads) * block_bytes());
+}
+
 void KeyValues::copy(int source, int target, int length) noexcept {
   if (source == target) return;
   const std::size_t blocks = rounded_up(size(length), POSITIONS) / POSITIONS;
