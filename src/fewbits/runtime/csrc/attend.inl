@@ -68,8 +68,8 @@ void begin(const Group& g) {
   for (int query = 0; query < g.queries(); ++query) g.largest[query] = LOWEST;
 }
 
-// A part of the same head's next block, `ahead` of this one's: hardware fetches ahead within a page, and a head's part of
-// a block is no more than a few. From memory (16,384 positions) decoding reads 46 GB/s with it and 19 without.
+// A part of the same head's next block, `ahead` of this one's: hardware fetches ahead within a page, and a head's part
+// of a block is no more than a few. From memory (16,384 positions) decoding reads 46 GB/s with it and 19 without.
 template <class N, int BYTES>
 FEWBITS_INLINE void fetch(const std::byte* from, std::ptrdiff_t ahead) {
   if constexpr (N::bits < 32)
@@ -130,8 +130,8 @@ FEWBITS_INLINE void mix_columns(const float* weights, const float* shrinks, cons
 }
 
 template <class N, int H>
-void mix(const float* weights, const float* shrinks, const std::byte* values, std::ptrdiff_t ahead, int count, int width,
-         float* totals) {
+void mix(const float* weights, const float* shrinks, const std::byte* values, std::ptrdiff_t ahead, int count,
+         int width, float* totals) {
   int d = 0;
   for (; d + TILE * LANES <= width; d += TILE * LANES)
     mix_columns<N, H, TILE>(weights, shrinks, values, ahead, count, width, d, totals);
@@ -211,7 +211,8 @@ void attend_block(const Group& g, const CacheBlock& block, const std::byte* keys
   });
   by_tile([&](int first, int height, int count) {
     with_height(height, [&]<int H>() {
-      mix<N, H>(g.scores + first * POSITIONS, g.shrinks + first, values, ahead, count, g.width, g.totals + first * g.width);
+      mix<N, H>(g.scores + first * POSITIONS, g.shrinks + first, values, ahead, count, g.width,
+                g.totals + first * g.width);
     });
   });
 }
