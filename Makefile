@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-peers check lint clean
+.PHONY: demo test test-peers test-arm test-sanitize check lint clean
 
 demo: .venv/.ready  ## quantize, verify and evaluate the bundled model at 8, 4, 3 and 2 bits
 	$(BIN)/python -m fewbits demo
@@ -12,6 +12,13 @@ test: .venv/.ready  ## the default tests (minutes)
 
 test-peers: .venv/.peers  ## the tests that run llama.cpp; builds it first (10 to 25 minutes)
 	$(BIN)/python -m pytest -n auto tests/models tests/pipeline
+
+# Programs of the kernels alone; 77 says that a compiler or an emulator is missing here.
+test-arm: .venv/.ready  ## the kernels for ARM under qemu (a minute); apt-get install g++-aarch64-linux-gnu qemu-user-static
+	$(BIN)/python tests/runtime/cross/run.py arm || test $$? -eq 77
+
+test-sanitize: .venv/.ready  ## the kernels with sanitizers of addresses and undefined behaviour (a minute)
+	$(BIN)/python tests/runtime/cross/run.py sanitize || test $$? -eq 77
 
 check: lint test  ## everything that must hold before a commit
 

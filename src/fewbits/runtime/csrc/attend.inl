@@ -68,8 +68,17 @@ void begin(const Group& g) {
   for (int query = 0; query < g.queries(); ++query) g.largest[query] = LOWEST;
 }
 
+// A part of the same head's next block, `ahead` of this one's: hardware fetches ahead within a page, and a head's part
+// of a block is no more than a few. From memory (16,384 positions) decoding reads 46 GB/s with it and 19 without.
+template <class N, int BYTES>
+FEWBITS_INLINE void fetch(const std::byte* from, std::ptrdiff_t ahead) {
+  if constexpr (N::bits < 32)
+#pragma GCC unroll 8
+    for (int at = 0; at < BYTES; at += 64) __builtin_prefetch(from + ahead + at, 0, 2);
+}
+
 template <class N, int H>
-void score(const float* q, const std::byte* keys, int head_dim, float* scores) {
+void score(const float* q, const std::byte* keys, std::ptrdiff_t ahead, int head_dim, float* scores) {
   for (int first = 0; first < POSITIONS; first += TILE * LANES) {
     Vec sums[H][TILE] = {};
     const auto add_dimension = [&](int pair, int odd) __attribute__((always_inline)) {
@@ -83,6 +92,7 @@ void score(const float* q, const std::byte* keys, int head_dim, float* scores) {
         for (int j = 0; j < TILE; ++j) sums[i][j] += factors[i] * key[j];
     };
     for (int pair = 0; pair < head_dim / 2; ++pair) {
+      if (first == 0) fetch<N, POSITIONS * N::bits / 4>(keys + pair * POSITIONS * N::bits / 4, ahead);
       add_dimension(pair, 0);
       add_dimension(pair, 1);
     }
@@ -95,8 +105,8 @@ void score(const float* q, const std::byte* keys, int head_dim, float* scores) {
 
 // Dimensions d … d + V·LANES of H queries' totals.
 template <class N, int H, int V>
-FEWBITS_INLINE void mix_columns(const float* weights, const float* shrinks, const std::byte* values, int count,
-                                int width, int d, float* totals) {
+FEWBITS_INLINE void mix_columns(const float* weights, const float* shrinks, const std::byte* values,
+                                std::ptrdiff_t ahead, int count, int width, int d, float* totals) {
   Vec sums[H][V];
 #pragma GCC unroll 6
   for (int i = 0; i < H; ++i)
@@ -104,6 +114,7 @@ FEWBITS_INLINE void mix_columns(const float* weights, const float* shrinks, cons
     for (int j = 0; j < V; ++j) sums[i][j] = load(totals + i * width + d + j * LANES) * shrinks[i];
   const int row_bytes = width * N::bits / 8;
   for (int at = 0; at < count; ++at, values += row_bytes) {
+    fetch<N, V * LANES * N::bits / 8>(values + d * N::bits / 8, ahead);
     Vec value[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) value[j] = read_value<N>(values, d + j * LANES);
@@ -119,11 +130,12 @@ FEWBITS_INLINE void mix_columns(const float* weights, const float* shrinks, cons
 }
 
 template <class N, int H>
-void mix(const float* weights, const float* shrinks, const std::byte* values, int count, int width, float* totals) {
+void mix(const float* weights, const float* shrinks, const std::byte* values, std::ptrdiff_t ahead, int count,
+         int width, float* totals) {
   int d = 0;
   for (; d + TILE * LANES <= width; d += TILE * LANES)
-    mix_columns<N, H, TILE>(weights, shrinks, values, count, width, d, totals);
-  for (; d < width; d += LANES) mix_columns<N, H, 1>(weights, shrinks, values, count, width, d, totals);
+    mix_columns<N, H, TILE>(weights, shrinks, values, ahead, count, width, d, totals);
+  for (; d < width; d += LANES) mix_columns<N, H, 1>(weights, shrinks, values, ahead, count, width, d, totals);
 }
 
 template <class F>
@@ -179,6 +191,7 @@ FEWBITS_INLINE void with_height(int height, F body) {
 template <class N>
 void attend_block(const Group& g, const CacheBlock& block, const std::byte* keys, const std::byte* values, int start) {
   const int head_dim = g.job.cache->head_dim;
+  const std::ptrdiff_t ahead = g.job.cache->ahead();
   const auto by_tile = [&](auto body) {
     for (int tile = 0; tile < g.tiles(); ++tile) {
       const int first = g.tile_begin(tile), end = g.tile_begin(tile + 1), last_seen = g.position(end - 1);
@@ -187,7 +200,9 @@ void attend_block(const Group& g, const CacheBlock& block, const std::byte* keys
     }
   };
   by_tile([&](int first, int height, int) {
-    with_height(height, [&]<int H>() { score<N, H>(g.q + first * head_dim, keys, head_dim, g.scores + first * POSITIONS); });
+    with_height(height, [&]<int H>() {
+      score<N, H>(g.q + first * head_dim, keys, ahead, head_dim, g.scores + first * POSITIONS);
+    });
     for (int query = first; query < first + height; ++query) {
       const int position = g.position(query);
       complete(g.job, block, g.first_seen(position) - start, position + 1 - start, g.scores + query * POSITIONS);
@@ -196,7 +211,8 @@ void attend_block(const Group& g, const CacheBlock& block, const std::byte* keys
   });
   by_tile([&](int first, int height, int count) {
     with_height(height, [&]<int H>() {
-      mix<N, H>(g.scores + first * POSITIONS, g.shrinks + first, values, count, g.width, g.totals + first * g.width);
+      mix<N, H>(g.scores + first * POSITIONS, g.shrinks + first, values, ahead, count, g.width,
+                g.totals + first * g.width);
     });
   });
 }

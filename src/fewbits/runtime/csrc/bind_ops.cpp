@@ -81,8 +81,8 @@ void attend(const Ops& ops, GivenRows q, Rows out, const KeyValues& cache, int l
   require_position(cache, layer, slot, first_position);
   require_position(cache, layer, slot, first_position + row_end - row_begin - 1);
   std::vector<float> scratch(attend_scratch(cache.head_dim));
-  ops.attend({q.data(), out.data(), q.shape(1), q.shape(1), &cache, layer, slot, kv_head, head_begin, head_end, row_begin,
-              row_end, first_position, scale, softcap, window, scratch.data()});
+  ops.attend({q.data(), out.data(), q.shape(1), q.shape(1), &cache, layer, slot, kv_head, head_begin, head_end,
+              row_begin, row_end, first_position, scale, softcap, window, scratch.data()});
 }
 
 void bind_rows(nb::module_& m, const Find& find) {
@@ -110,7 +110,8 @@ void bind_rows(nb::module_& m, const Find& find) {
 void bind_ops(nb::module_& m, Find find) {
   nb::class_<KeyValues>(m, "KeyValues")
       .def("__init__",
-           [](KeyValues* self, const std::string& kind, int layers, int slots, int context, int kv_heads, int head_dim) {
+           [](KeyValues* self, const std::string& kind, int layers, int slots, int context, int kv_heads,
+              int head_dim) {
              new (self) KeyValues(kind_of(kind), layers, slots, context, kv_heads, head_dim);
            })
       .def_ro("context", &KeyValues::context)

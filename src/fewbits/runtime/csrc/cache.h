@@ -54,6 +54,9 @@ class KeyValues {
   // The block that holds `position`.
   CacheBlock block(int layer, int slot, int kv_head, int position) const noexcept;
 
+  // Bytes from a block to the same head's next one.
+  std::ptrdiff_t ahead() const noexcept;
+
   // Makes the first `length` positions of `target` those of `source`; what comes behind them in `target` is lost.
   void copy(int source, int target, int length) noexcept;
 

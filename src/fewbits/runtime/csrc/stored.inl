@@ -126,8 +126,8 @@ void halve(const float* x, int count, std::uint16_t* out) {
   for (; i < count; ++i) out[i] = narrowed(x[i]);
 }
 
-// Codes −levels … levels to the nearest, ties to even; the scale is returned. Rows that are 0, or as good as, have scale
-// 0. `codes` has room for whole vectors.
+// Codes −levels … levels to the nearest, ties to even; the scale is returned. Rows that are 0, or as good as, have
+// scale 0. `codes` has room for whole vectors.
 float quantize(const float* x, int count, float levels, std::int8_t* codes) {
   Vec peaks = {};
   by_vectors(static_cast<std::size_t>(count), [&](auto where) { peaks = larger(peaks, magnitude(load(x, where))); });
@@ -140,7 +140,7 @@ float quantize(const float* x, int count, float levels, std::int8_t* codes) {
     const Vec code = load(x, where) / scale;
     const Vec rounded = (code + 12582912.0f) - 12582912.0f;
     const IVec integers = __builtin_convertvector(rounded, IVec);
-    for (int i = 0; i < LANES; ++i) codes[where.at + static_cast<std::size_t>(i)] = static_cast<std::int8_t>(integers[i]);
+    for (std::size_t i = 0; i < LANES; ++i) codes[where.at + i] = static_cast<std::int8_t>(integers[i]);
   });
   return scale;
 }
