@@ -62,7 +62,7 @@ void Pool::run(const std::vector<Phase>& phases) {
   failed_ = false;
   thrown_ = nullptr;
   const std::uint32_t job = (job_.load() + 1) & 0xffffff;
-  open(0, job);
+  open(0, phases.size(), job);
   count_.store(phases.size());
   job_.store(job);
   job_.notify_all();
@@ -88,9 +88,8 @@ void Pool::work(std::uint32_t job, std::size_t phases, int thread) {
       if (!next.compare_exchange_weak(at, at + 1)) continue;
       carry_out(i, at & MASK, thread);
       if (++progress_[i].finished == (at >> 20 & MASK)) {
-        if (i + 1 < phases) open(i + 1, job);
-        progress_[i].done.store(job);
-        progress_[i].done.notify_all();
+        open(i + 1, phases, job);
+        finish(i, job);
       }
       at = next.load();
     }
@@ -112,23 +111,43 @@ void Pool::carry_out(std::size_t phase, std::size_t chunk, int thread) {
   try {
     (*phases_)[phase].work(chunk, thread);
   } catch (...) {
-    const std::lock_guard lock(first_);
-    if (!thrown_) thrown_ = std::current_exception();
-    failed_ = true;
+    fail();
   }
 }
 
-void Pool::open(std::size_t phase, std::uint32_t job) {
-  std::size_t chunks = 1;  // at least, so that there is one that ends it
-  try {
-    if (!failed_.load()) chunks = (*phases_)[phase].chunks();
-  } catch (...) {
-    const std::lock_guard lock(first_);
-    if (!thrown_) thrown_ = std::current_exception();
-    failed_ = true;
+// Lets a phase begin, and the one behind it if there is nothing to do in it.
+void Pool::open(std::size_t phase, std::size_t phases, std::uint32_t job) {
+  for (; phase < phases; ++phase) {
+    const std::size_t chunks = count(phase);
+    progress_[phase].finished.store(0);
+    progress_[phase].next.store(opened(job, chunks));
+    if (chunks) return;
+    finish(phase, job);
   }
-  progress_[phase].finished.store(0);
-  progress_[phase].next.store(opened(job, chunks));
+}
+
+void Pool::finish(std::size_t phase, std::uint32_t job) {
+  progress_[phase].done.store(job);
+  progress_[phase].done.notify_all();
+}
+
+std::size_t Pool::count(std::size_t phase) {
+  if (failed_.load()) return 0;
+  try {
+    const std::size_t chunks = (*phases_)[phase].chunks();
+    if (chunks > MOST_CHUNKS) throw std::length_error(std::to_string(chunks) + " chunks are more than a phase may have");
+    return chunks;
+  } catch (...) {
+    fail();
+    return 0;
+  }
+}
+
+// What is being thrown is kept for whoever runs the job, unless there is something already.
+void Pool::fail() {
+  const std::lock_guard lock(first_);
+  if (!thrown_) thrown_ = std::current_exception();
+  failed_ = true;
 }
 
 }  // namespace fewbits::runtime

@@ -52,7 +52,10 @@ class Pool {
   void work(std::uint32_t job, std::size_t phases, int thread);
   bool wait_for(const std::atomic<std::uint32_t>& done, std::uint32_t job) const;
   void carry_out(std::size_t phase, std::size_t chunk, int thread);
-  void open(std::size_t phase, std::uint32_t job);
+  void open(std::size_t phase, std::size_t phases, std::uint32_t job);
+  void finish(std::size_t phase, std::uint32_t job);
+  std::size_t count(std::size_t phase);
+  void fail();
 
   std::vector<std::thread> others_;
   std::unique_ptr<Progress[]> progress_;

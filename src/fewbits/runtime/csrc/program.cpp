@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -69,15 +70,32 @@ bool Program::write(Buffer out, bool selected) {
   return selected;
 }
 
-// Small work, a row at a time.
+// Small work, row by row. It waits for what comes behind it: more such work on the same rows, or a product that reads
+// them, is done by whoever did it, without everybody meeting in between.
 void Program::each_row(bool selected, std::function<void(int row)> work) {
-  phases_.push_back({[this, selected] { return static_cast<std::size_t>(count(selected)); },
-                     [work = std::move(work)](std::size_t row, int) { work(static_cast<int>(row)); }});
+  if (selected != waiting_selected_) flush();
+  waiting_selected_ = selected;
+  waiting_.push_back(std::move(work));
+}
+
+std::vector<std::function<void(int row)>> Program::take_waiting(bool selected) {
+  if (selected != waiting_selected_) flush();
+  return std::exchange(waiting_, {});
+}
+
+// Makes a phase of its own of the work that waits.
+void Program::flush() {
+  if (waiting_.empty()) return;
+  phases_.push_back({[this, selected = waiting_selected_] { return static_cast<std::size_t>(count(selected)); },
+                     [works = std::exchange(waiting_, {})](std::size_t row, int) {
+                       for (const auto& work : works) work(static_cast<int>(row));
+                     }});
 }
 
 void Program::embed(const Weight& table, Buffer out, float scale) {
   vocabulary_ = table.rows;
   write(out, false);
+  flush();
   phases_.push_back({[this] { return static_cast<std::size_t>(step_.rows); },
                      [this, table, out, scale](std::size_t r, int thread) {
                        const int at = static_cast<int>(r);
@@ -109,6 +127,7 @@ void Program::softcap(Buffer x, float cap) {
 }
 
 void Program::select(Buffer x, Buffer out) {
+  flush();  // it reads other rows than it writes
   const auto bytes = static_cast<std::size_t>(buffers_.at(x)->width) * sizeof(float);
   each_row(write(out, true), [=, this](int r) { std::memcpy(row(out, r), row(x, step_.wanted[r]), bytes); });
 }
@@ -175,13 +194,16 @@ void Program::linear(LinearOp op) {
   phases_.push_back({[this, state] {
                        const int rows = count(state->selected);
                        for (std::size_t i = 0; i < state->forms.size(); ++i) prepare(state->forms[i], static_cast<int>(i), rows);
-                       return static_cast<std::size_t>(tiles(rows)) * state->forms.size();
+                       return static_cast<std::size_t>(tiles(rows));
                      },
-                     [this, state](std::size_t chunk, int) {
-                       const Inputs& in = state->forms[chunk % state->forms.size()];
+                     [this, state, works = take_waiting(selected)](std::size_t tile, int) {
+                       const int begin = static_cast<int>(tile) * kernels_.tile;
+                       const int end = std::min(begin + kernels_.tile, count(state->selected));
+                       for (int r = begin; r < end; ++r)
+                         for (const auto& work : works) work(r);
                        const Rows& x = *buffers_.at(state->op.x);
-                       kernels_.pack(in, x.numbers.data<float>(), x.width, x.stride,
-                                     static_cast<std::int64_t>(chunk / state->forms.size()));
+                       for (const Inputs& in : state->forms)
+                         kernels_.pack(in, x.numbers.data<float>(), x.width, x.stride, static_cast<std::int64_t>(tile));
                      }});
   phases_.push_back({[this, state] {
                        state->shares.clear();
@@ -232,6 +254,7 @@ void Program::angles(std::size_t table) {
 }
 
 void Program::attend(AttendOp op) {
+  flush();
   const std::size_t table = this->table(op);
   write(op.out, false);
   const auto shared = std::make_shared<AttendOp>(std::move(op));
@@ -351,6 +374,7 @@ struct Program::Routing {
 };
 
 void Program::experts(ExpertsOp op) {
+  flush();
   const auto r = std::make_shared<Routing>();
   r->width = buffers_.at(op.out)->width;
   r->ffn = static_cast<int>(op.gate.at(0).rows);
@@ -460,6 +484,7 @@ void Program::make_room() {
 }
 
 void Program::run(const Step& step, Buffer logits, float* out) {
+  flush();
   check(step);
   if (step.rows == 0) return;
   step_ = step;
@@ -470,6 +495,7 @@ void Program::run(const Step& step, Buffer logits, float* out) {
 }
 
 void Program::run_rows(int rows, Buffer x, const float* given, Buffer y, float* out) {
+  flush();
   step_ = {};
   step_.rows = rows;
   write(x, false);

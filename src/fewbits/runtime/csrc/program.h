@@ -121,6 +121,8 @@ class Program {
   int count(bool selected) const { return selected ? step_.wanted_rows : step_.rows; }
   bool write(Buffer out, bool selected);
   void each_row(bool selected, std::function<void(int row)> work);
+  std::vector<std::function<void(int row)>> take_waiting(bool selected);
+  void flush();
   Inputs form(const Weight& w) const;
   void prepare(Inputs& in, int set, std::int64_t rows);
   std::int64_t tiles(std::int64_t rows) const { return (rows + kernels_.tile - 1) / kernels_.tile; }
@@ -138,6 +140,8 @@ class Program {
   std::vector<std::unique_ptr<Packed>> sets_;
   std::vector<Aligned> scratch_;
   std::vector<Phase> phases_;
+  std::vector<std::function<void(int row)>> waiting_;  // on rows of tokens, or of wanted ones
+  bool waiting_selected_ = false;
   struct Angles {
     std::vector<float> frequencies;
     float factor;
