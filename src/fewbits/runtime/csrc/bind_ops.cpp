@@ -46,7 +46,7 @@ Activation activation_of(const std::string& name) {
 void require_position(const KeyValues& cache, int layer, int slot, int position) {
   require(layer >= 0 && layer < cache.layers, "there is no such layer");
   require(slot >= 0 && slot < cache.slots, "there is no such slot");
-  require(position >= 0 && position < cache.context, "the position lies outside of the context");
+  require(position >= 0 && position < cache.length, "the position lies outside of the context");
 }
 
 void prepare(const Ops& ops, Rows q, Rows k, GivenRows v, GivenRows cosines, GivenRows sines,

@@ -42,6 +42,7 @@ KeyValues::KeyValues(Kind kind, int layers, int slots, int context, int kv_heads
     : kind(kind),
       layers(layers),
       slots(slots),
+      length(context),
       context(static_cast<int>(rounded_up(size(context > 0 ? context : 0), POSITIONS))),
       kv_heads(kv_heads),
       head_dim(head_dim),

@@ -63,7 +63,10 @@ class KeyValues {
   std::size_t bytes() const noexcept;
 
   const Kind kind;
-  const int layers, slots, context, kv_heads, head_dim;
+  const int layers, slots;
+  const int length;   // positions of a slot that were asked for
+  const int context;  // and those that it has
+  const int kv_heads, head_dim;
   const int value_width;  // numbers of a row of values, filled up
 
  private:

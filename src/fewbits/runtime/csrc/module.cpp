@@ -10,6 +10,7 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -186,6 +187,7 @@ struct Composed {
 
   Program program;
   Objects held;
+  std::mutex one_at_a_time;  // of the threads of Python that run it: they let go of its lock
 };
 
 void linear(Composed& self, Buffer x, const Objects& weights, const std::vector<Buffer>& outs,
@@ -243,6 +245,7 @@ void run(Composed& self, Integers tokens, Integers slots, Integers positions, In
   require(tokens.size() == slots.size() && tokens.size() == positions.size(), "tokens, slots and positions differ");
   require(out.shape(0) == wanted.size() && static_cast<int>(out.shape(1)) == self.program.width(logits), "out does not fit");
   nb::gil_scoped_release released;
+  const std::lock_guard alone(self.one_at_a_time);
   self.program.run({static_cast<int>(tokens.size()), tokens.data(), slots.data(), positions.data(),
                     static_cast<int>(wanted.size()), wanted.data()},
                    logits, out.data());

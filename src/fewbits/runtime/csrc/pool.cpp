@@ -3,6 +3,8 @@
 #include <chrono>
 #include <stdexcept>
 #include <string>
+#include <system_error>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,6 +18,7 @@ using Clock = std::chrono::steady_clock;
 constexpr auto BETWEEN_PHASES = std::chrono::microseconds(20);
 constexpr auto BETWEEN_JOBS = std::chrono::microseconds(200);  // a token is chosen and printed in that time
 constexpr std::uint64_t MASK = Pool::MOST_CHUNKS;
+constexpr std::uint32_t JOBS = (1 << 24) - 1;  // numbers of jobs, 1 and on; 0 is none
 
 void pause() {
 #if defined(__x86_64__)
@@ -44,10 +47,18 @@ std::uint64_t opened(std::uint32_t job, std::size_t chunks) { return static_cast
 }  // namespace
 
 Pool::Pool(int threads) : progress_(new Progress[MOST_PHASES]) {
-  for (int t = 1; t < threads; ++t) others_.emplace_back([this, t] { serve(t); });
+  if (threads < 1) throw std::invalid_argument(std::to_string(threads) + " threads; at least one has to do the work");
+  try {
+    for (int t = 1; t < threads; ++t) others_.emplace_back([this, t] { serve(t); });
+  } catch (const std::system_error&) {  // those that run already hold this
+    stop();
+    throw std::runtime_error("the system has no room for " + std::to_string(threads) + " threads; ask for fewer");
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   stop_ = true;
   ++job_;
   job_.notify_all();
@@ -61,13 +72,13 @@ void Pool::run(const std::vector<Phase>& phases) {
   phases_ = &phases;
   failed_ = false;
   thrown_ = nullptr;
-  const std::uint32_t job = (job_.load() + 1) & 0xffffff;
+  const std::uint32_t job = job_.load() % JOBS + 1;
   open(0, phases.size(), job);
   count_.store(phases.size());
   job_.store(job);
   job_.notify_all();
   work(job, phases.size(), 0);
-  if (thrown_) std::rethrow_exception(thrown_);
+  if (thrown_) std::rethrow_exception(std::exchange(thrown_, nullptr));
 }
 
 void Pool::serve(int thread) {
@@ -88,7 +99,7 @@ void Pool::work(std::uint32_t job, std::size_t phases, int thread) {
       if (!next.compare_exchange_weak(at, at + 1)) continue;
       carry_out(i, at & MASK, thread);
       if (++progress_[i].finished == (at >> 20 & MASK)) {
-        open(i + 1, phases, job);
+        open(i + 1, phases_->size(), job);
         finish(i, job);
       }
       at = next.load();
@@ -120,6 +131,7 @@ void Pool::open(std::size_t phase, std::size_t phases, std::uint32_t job) {
   for (; phase < phases; ++phase) {
     const std::size_t chunks = count(phase);
     progress_[phase].finished.store(0);
+    progress_[phase].done.store(0);  // numbers of jobs come again, and the last one's must not look like this one's
     progress_[phase].next.store(opened(job, chunks));
     if (chunks) return;
     finish(phase, job);

@@ -48,6 +48,7 @@ class Pool {
     std::atomic<std::uint32_t> done{0};      // the last job in which it was
   };
 
+  void stop();
   void serve(int thread);
   void work(std::uint32_t job, std::size_t phases, int thread);
   bool wait_for(const std::atomic<std::uint32_t>& done, std::uint32_t job) const;

@@ -468,7 +468,7 @@ void Program::check(const Step& step) const {
   for (int r = 0; r < step.rows; ++r) {
     if (step.tokens[r] < 0 || step.tokens[r] >= vocabulary_) refuse("token", step.tokens[r], vocabulary_);
     if (step.slots[r] < 0 || step.slots[r] >= cache_.slots) refuse("slot", step.slots[r], cache_.slots);
-    if (step.positions[r] < 0 || step.positions[r] >= cache_.context) refuse("position", step.positions[r], cache_.context);
+    if (step.positions[r] < 0 || step.positions[r] >= cache_.length) refuse("position", step.positions[r], cache_.length);
     if (r && step.slots[r] == step.slots[r - 1] && step.positions[r] != step.positions[r - 1] + 1)
       throw std::invalid_argument("rows of one slot must be at consecutive positions");
   }
