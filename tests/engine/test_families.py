@@ -31,6 +31,7 @@ TOLERANCE = DEPTH * WIDTH**0.5 * 2.0**-24
 add up as those of independent numbers do. What a wrong constant anywhere does is a hundred times as large and more.
 """
 
+
 def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     model.set_attn_implementation("eager")  # the default one leaves out Gemma 2's bound on scores
     with torch.inference_mode():
