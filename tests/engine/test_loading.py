@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import save_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fewbits.checkpoint import KINDS, Entry, open_checkpoint
@@ -119,6 +120,15 @@ def test_a_float_folder_gives_transformers_logits_bit_for_bit(name, tmp_path):
     assert type(model).__name__ == MODELS[name][0]
     assert not model.training
     assert torch.equal(outputs(model), outputs(theirs(folder)))
+
+
+def test_a_bound_on_scores_is_not_left_out(tmp_path):
+    """transformers' default attention does leave it out: eager is what computes Gemma 2's."""
+    model = save_model(tmp_path, "gemma2", head_dim=16, attn_logit_softcapping=0.5, query_pre_attn_scalar=1)
+    without = outputs(model)
+    model.set_attn_implementation("eager")
+    assert torch.equal(outputs(load(tmp_path)), outputs(model))
+    assert (outputs(model) - without).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

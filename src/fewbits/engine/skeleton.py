@@ -61,11 +61,20 @@ def is_causal(config: PretrainedConfig) -> bool:
     return model_class(config).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
+def attention(config: PretrainedConfig) -> dict[str, str]:
+    """The argument by which transformers computes attention as the architecture defines it, where its choice does not.
+
+    Its default kernels know no bound on scores (Gemma 2's `attn_logit_softcapping`) and leave it out in silence.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
+
+
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its parameters on the meta device, in `dtype` where the architecture has no dtype of its own.
 
     Other constructors may leave small parameters on the CPU; every one is to be replaced by the file's.
     """
     with _EmptyOnMeta():
-        model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype)
+        model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype, **attention(config))
     return cast(PreTrainedModel, model.eval())

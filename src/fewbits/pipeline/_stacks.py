@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewbits.checkpoint import Kind, Reader
 from fewbits.checkpoint.activations import is_scale
+from fewbits.engine.skeleton import attention
 from fewbits.errors import VerificationError
 
 WINDOW = 64  # tokens in the probe
@@ -86,10 +87,10 @@ def _mean_kld(ours: Tensor, theirs: Tensor) -> float:
 def _transformers(out: Path, tokens: Tensor) -> tuple[str, Tensor]:
     import transformers
 
-    architecture = load_config(out).architectures[0]
-    auto: Any = getattr(transformers, architecture)
+    config = load_config(out)
+    auto: Any = getattr(transformers, config.architectures[0])
     with redirect_stderr(StringIO()):  # several progress bars; what goes wrong is raised
-        model = auto.from_pretrained(out, dtype=torch.float32, local_files_only=True)
+        model = auto.from_pretrained(out, dtype=torch.float32, local_files_only=True, **attention(config))
     return f"transformers {transformers.__version__}", _output(model, tokens)
 
 
