@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import export, save_model
 
 from fewbits.checkpoint import open_checkpoint
@@ -119,6 +125,82 @@ def test_a_damaged_cache_is_made_again(how, packed, monkeypatch, caplog):
     assert calls == [packed]
     assert "repacking" in caplog.text
     assert (packed / CACHE).read_bytes() == whole
+
+
+def test_a_bit_inside_is_found_by_who_asks_for_it(packed, monkeypatch):
+    """In the table of embeddings, 51 pages of FP32: a start reads the first and the last."""
+    expected = logits(opened(packed))
+    found = repacked.read(packed / CACHE, fingerprint(packed))
+    assert found is not None
+    place = (packed / CACHE).read_bytes().index(arrays(found.program.ops[0].table)["values"].tobytes())
+    data = bytearray((packed / CACHE).read_bytes())
+    data[place + 5 * 4096 + 3] ^= 0x40
+    (packed / CACHE).write_bytes(data)
+    calls = composed(monkeypatch)
+    opened(packed)
+    assert calls == []
+    monkeypatch.setenv(repacked.CHECK, "1")
+    assert np.array_equal(logits(opened(packed)), expected)
+    assert calls == [packed]
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, str]:
+    """A cache's bytes, and its fingerprint."""
+    folder = tmp_path_factory.mktemp("whole")
+    quantize(llama, folder / "m", format="int4-asym-g32", prove=False)
+    opened(folder / "m")
+    return (folder / "m" / CACHE).read_bytes(), fingerprint(folder / "m")
+
+
+def read_back(data: bytes, print_: str) -> repacked.Repacked | None:
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "cache"
+        place.write_bytes(data)
+        return repacked.read(place, print_)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_bytes_that_changed_or_are_missing_never_raise(data, whole):
+    """Outside of arrays they are always found out."""
+    content, print_ = bytearray(whole[0]), whole[1]
+    offset, length = struct.unpack_from("<QQ", content, 8)
+    places = st.one_of(st.integers(0, 63), st.integers(offset, offset + length - 1))
+    for place in data.draw(st.lists(places, min_size=1, max_size=4, unique=True)):
+        content[place] ^= data.draw(st.integers(1, 255))
+    del content[data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content)))) :]
+    assert read_back(bytes(content), print_) is None
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=4), st.just([]), st.just({}),
+    st.sampled_from(["O", "<f4", "Tiles", "Program"]), st.just([2**40, 2**40]), st.just([{"weight": 0}]),
+)  # fmt: skip
+
+
+def changed(node: Any, data: st.DataObject) -> Any:
+    """A tree of JSON with one of its nodes replaced by something else."""
+    if not isinstance(node, dict | list) or not node or data.draw(st.integers(0, 5)) == 0:
+        return data.draw(VALUES)
+    copied = node.copy()
+    key = (
+        data.draw(st.sampled_from(sorted(node))) if isinstance(node, dict) else data.draw(st.integers(0, len(node) - 1))
+    )
+    copied[key] = changed(node[key], data)
+    return copied
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_a_header_that_says_something_else_never_raises(data, whole):
+    """Its digest is right, so that what reads it is what has to stand it."""
+    content, print_ = whole
+    offset, length = struct.unpack_from("<QQ", content, 8)
+    text = json.dumps(changed(json.loads(content[offset : offset + length]), data)).encode()
+    sizes = (offset, len(text), offset + len(text), hashlib.sha256(text).digest())
+    found = read_back(repacked.PREAMBLE.pack(repacked.MAGIC, *sizes) + content[64:offset] + text, print_)
+    assert found is None or isinstance(found, repacked.Repacked)
 
 
 def test_a_changed_checkpoint_is_repacked(packed, monkeypatch):
@@ -264,7 +346,7 @@ def test_what_has_no_family_runs_through_transformers(tmp_path, caplog):
 def test_longrope_beyond_its_first_angles_runs_through_transformers(tmp_path, caplog):
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     save_model(tmp_path / "m", "phi3", rope_parameters=rope, original_max_position_embeddings=64)
-    assert isinstance(opened(tmp_path / "m"), ReferenceRunner)
+    assert not isinstance(opened(tmp_path / "m"), TransformersRunner)
     assert opened(tmp_path / "m").context == 64
     with caplog.at_level(logging.WARNING):
         assert isinstance(opened(tmp_path / "m", context=65), TransformersRunner)
