@@ -14,11 +14,12 @@ test-peers: .venv/.peers  ## the tests that run llama.cpp; builds it first (10 t
 	$(BIN)/python -m pytest -n auto tests/models tests/pipeline
 
 # Programs of the kernels alone; 77 says that a compiler or an emulator is missing here.
-test-arm: .venv/.ready  ## the kernels for ARM under qemu (a minute); apt-get install g++-aarch64-linux-gnu qemu-user-static
+test-arm: .venv/.ready  ## the kernels for ARM under qemu (minutes); apt-get install g++-aarch64-linux-gnu qemu-user-static
 	$(BIN)/python tests/runtime/cross/run.py arm || test $$? -eq 77
 
-test-sanitize: .venv/.ready  ## the kernels with sanitizers of addresses and undefined behaviour (a minute)
+test-sanitize: .venv/.ready  ## the kernels with sanitizers of addresses, undefined behaviour and threads (minutes)
 	$(BIN)/python tests/runtime/cross/run.py sanitize || test $$? -eq 77
+	$(BIN)/python tests/runtime/cross/run.py threads || test $$? -eq 77
 
 check: lint test  ## everything that must hold before a commit
 

@@ -115,8 +115,16 @@ void check_halving(Verdict& verdict) {
 
 }  // namespace
 
+extern const Ops ops;
+extern const bool fuses;
+#if defined(__FMA__) || defined(__aarch64__)
+const bool fuses = true;
+#else
+const bool fuses = false;
+#endif
+
 int check_functions() {
-  Verdict verdict{FEWBITS_NAME};
+  Verdict verdict{ops.target};
   check_exp(verdict);
   check_tanh(verdict);
   check_halves(verdict);

@@ -5,12 +5,15 @@
 
 #include "check.h"
 #include "ops.h"
+#include "products.h"
 
 #include <vector>
 
 #define X(name) \
   namespace fewbits::runtime::name { \
   extern const Ops ops; \
+  extern const Kernels table; \
+  extern const bool fuses; \
   int check_functions(); \
   }
 TARGETS
@@ -119,11 +122,19 @@ const Shape SHAPES[] = {
     {Kind::int4, 72, 2, 90, 90, 31, 0},   {Kind::int4, 120, 5, 128, 64, 0, 0}, {Kind::int4, 256, 100, 66, 2, 0, 0},
 };
 
-// The kernels of matrix products are to be compared here too, next to `check_rows`.
-int check(const Ops& generic, const Ops& ops, int (*check_functions)()) {
+// A target's kernels, and whether they multiply and add in one, rounding once.
+struct Target {
+  const Ops& ops;
+  const Kernels& kernels;
+  bool fuses;
+};
+
+int check(const Target& generic_target, const Target& target, int (*check_functions)()) {
+  const Ops &generic = generic_target.ops, &ops = target.ops;
   Verdict verdict{ops.target};
   check_rows(generic, ops, verdict);
   for (const Shape& shape : SHAPES) check_attention(generic, ops, verdict, shape);
+  verdict.failures += check_products(generic_target.kernels, target.kernels, generic_target.fuses == target.fuses);
   const int failures = verdict.failures + check_functions();
   std::printf("%-8s %s\n", ops.target, failures ? "FAILED" : "agrees with the generic target");
   return failures;
@@ -132,8 +143,9 @@ int check(const Ops& generic, const Ops& ops, int (*check_functions)()) {
 }  // namespace
 
 int main() {
-  int failures = 0;
-#define X(name) failures += check(generic::ops, name::ops, name::check_functions);
+  int failures = check_pool();
+#define X(name) \
+  failures += check({generic::ops, generic::table, generic::fuses}, {name::ops, name::table, name::fuses}, name::check_functions);
   TARGETS
 #undef X
   return failures != 0;

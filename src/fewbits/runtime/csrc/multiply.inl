@@ -74,7 +74,7 @@ inline const std::uint8_t* decode_block(const std::uint8_t* in, Block& out) {
 // Codes as the dot product takes them: looked up, and signed where it wants them so.
 inline Bytes finish(Bytes codes, bool lookup, Bytes table) {
   if (lookup) codes = look_up(table, codes);
-#if defined(__ARM_NEON)
+#if defined(__ARM_NEON) && !defined(FEWBITS_PORTABLE)
   codes = veorq_u8(codes, all_bytes(128));
 #endif
   return codes;

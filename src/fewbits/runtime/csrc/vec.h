@@ -13,7 +13,7 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(__ARM_NEON) && !defined(FEWBITS_PORTABLE)
 #include <arm_neon.h>
 #endif
 
@@ -157,7 +157,7 @@ inline Int dot_wide(Int sum, Bytes w, Bytes x) {
 }
 #endif
 
-#elif defined(__ARM_NEON)
+#elif defined(__ARM_NEON) && !defined(FEWBITS_PORTABLE)
 
 constexpr int LANES = 4, TILE = 3, MOST_VECTORS = 4;
 constexpr bool SHIFTED = true;
