@@ -112,8 +112,14 @@ class Program {
   struct Packed {
     Aligned codes, scale, start, total;
   };
-  struct Part {  // of an attention: some rows of one sequence
+  struct Part {  // some rows of one sequence
     int begin, end;
+  };
+  struct Attention {
+    AttendOp op;
+    std::size_t table;  // of angles
+    int splits;         // of a group's heads
+    std::vector<Part> parts;
   };
   struct Routing;
 
@@ -130,6 +136,10 @@ class Program {
   void* scratch(int thread) const { return scratch_[static_cast<std::size_t>(thread)].data<void>(); }
   void angles(std::size_t table);
   std::size_t table(const AttendOp& op);
+  bool alone(const Attention& a) const;
+  void cut(Attention& a) const;
+  void store_keys(const Attention& a, int head);
+  void attend_part(const Attention& a, const Part& part, int kv_head, int split, int thread);
   void check(const Step& step) const;
   void make_room();
 
