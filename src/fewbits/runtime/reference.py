@@ -2,8 +2,8 @@
 
 `ReferenceRunner` runs a program by them. With `exact` a product is one of floating-point numbers; without, its inputs
 are first rounded as the kernels round them: x is cut into groups of `input_group(weight)` columns, each with the scale
-max|x| / 127, and a code is x · (127 / max|x|) to the nearest integer, a tie to the even one. The kernels then multiply integers,
-which is the same product up to the order of float32 sums.
+max|x| / 127, and a code is x · (127 / max|x|) to the nearest integer, a tie to the even one. The kernels then multiply
+integers, which is the same product up to the order of float32 sums.
 
 Decoded matrices are kept, four bytes a weight, because decoding takes longer than the product it is for.
 """
