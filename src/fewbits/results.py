@@ -209,8 +209,8 @@ class Benchmark:
     context, one after the other. first_token_seconds: from the start of a process to its first token behind a prompt
     of 16, where the checkpoint has been opened before. weight_memory: bytes in memory of the file of weights that is
     mapped, 0 where there is none; other_memory: bytes of everything else in memory behind a prompt of `prompt_tokens`;
-    both None where the system does not tell. cache_bytes: of keys and values, for as many sequences as were decoded together, of
-    `context` tokens each. roofline: None for runners other than the compiled kernels.
+    both None where the system does not tell. cache_bytes: of keys and values, of as many sequences as were decoded
+    together, `context` tokens each. roofline: None for runners other than the compiled kernels.
     """
 
     model: str

@@ -210,7 +210,7 @@ class Meter:
 def first_token(path: Path, prompt: NDArray[np.int32], load: Load) -> tuple[float, dict[str, int | None]]:
     """Seconds from the start of a process to its first token behind a prompt, and its memory (`engine.first_token`).
 
-    Raises UnsupportedError, with the process' last lines, where it fails.
+    Raises UnsupportedError, with the process' last line, where it fails.
     """
     command = [sys.executable, "-m", "fewbits.engine.first_token", str(path), "--kv", load.kv]
     command += ["--tokens", *(str(token) for token in prompt), "--prompt-tokens", str(load.prompt_tokens)]
@@ -224,9 +224,8 @@ def first_token(path: Path, prompt: NDArray[np.int32], load: Load) -> tuple[floa
             rest = process.stdout.read()
         if process.returncode:
             errors.seek(0)
-            raise UnsupportedError(
-                f"{path}: a process that opens it ended with {process.returncode}: {errors.read()[-500:]}"
-            )
+            last = errors.read().rstrip().rpartition("\n")[2]
+            raise UnsupportedError(f"{path}: a process that opens it ended with {process.returncode}: {last}")
     return seconds, json.loads(rest)
 
 
