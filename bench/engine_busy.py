@@ -3,7 +3,7 @@
 A laptop is never idle. A program whose threads wait for one another by spinning, and cut the work into as many equal
 parts as there are threads, stands still whenever one of its threads is taken off its core. Here a Python process spins
 beside it; idle and busy, ours and theirs alternate, and figures are medians of each round's own. A small model
-wants more new tokens, so that a run lasts much longer than the few milliseconds that the system gives a process at once.
+wants more new tokens, so that a run lasts much longer than the few milliseconds that a process is given at once.
 
     python bench/engine_busy.py OURS[=THEIRS.gguf] --llama-bench PATH [--runs 5] [--new-tokens 64] [--neighbours 1]
 """
