@@ -212,6 +212,14 @@ def test_llama_bench_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found(model).program == tmp_path / "llama-bench"
 
 
+def test_llama_bench_leaves_a_test_out(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps(json.loads(RECORDED)[:1]))
+    bench = LlamaBench(script(tmp_path / "llama-bench", f"cat {tmp_path}/one.json"), tmp_path / "model.gguf")
+    assert bench.run(32, 0, 1).decode is None
+    with pytest.raises(UnsupportedError, match="left out a test"):
+        bench.run(32, 8, 1)
+
+
 def test_llama_bench_fails(tmp_path: Path) -> None:
     program = script(tmp_path / "llama-bench", "echo 'failed to load model' >&2; exit 3")
     with pytest.raises(UnsupportedError, match="ended with 3: failed to load model"):

@@ -46,7 +46,10 @@ class LlamaBench:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             raise UnsupportedError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:].strip()}")
-        return parsed(done.stdout)
+        rates = parsed(done.stdout)
+        if (prompt_tokens and rates.prefill is None) or (new_tokens and rates.decode is None):
+            raise UnsupportedError(f"{' '.join(command)} left out a test that it was asked for; take another build")
+        return rates
 
 
 def found(model: Path, program: Path | None = None) -> LlamaBench:
@@ -71,7 +74,7 @@ def parsed(text: str) -> Rates:
     try:
         tests = json.loads(text)
         build = f"{NAME} {tests[0]['build_commit']}"
-        return Rates(_rate(tests, "n_prompt", "n_gen"), _rate(tests, "n_gen", "n_prompt"), build)
+        return Rates(_rate(tests, without="n_gen"), _rate(tests, without="n_prompt"), build)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UnsupportedError(
             f"{NAME} printed no JSON array of tests ({type(error).__name__}: {error}): {text[:200]!r}; "
@@ -79,6 +82,6 @@ def parsed(text: str) -> Rates:
         ) from error
 
 
-def _rate(tests: list[dict[str, Any]], done: str, without: str) -> float | None:
-    rates = [float(test["avg_ts"]) for test in tests if test[done] > 0 and test[without] == 0]
+def _rate(tests: list[dict[str, Any]], *, without: str) -> float | None:
+    rates = [float(test["avg_ts"]) for test in tests if test[without] == 0]
     return rates[0] if rates else None
