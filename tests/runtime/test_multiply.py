@@ -13,7 +13,7 @@ from fewbits.engine.tiling import tiled
 from fewbits.formats import FORMATS, QTensor
 from fewbits.runtime.compiled import compiled, kernel_weight, targets
 from fewbits.runtime.reference import rounded
-from fewbits.runtime.tiles import Tiles, Weight, decode, input_group
+from fewbits.runtime.tiles import Tiles, Weight, decode
 
 core = compiled()
 pytestmark = pytest.mark.skipif(core is None, reason="the kernels were not compiled")
@@ -64,15 +64,16 @@ def without_offset(weight: Weight) -> Weight:
 def expected(weight: Weight, x: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The product, and how far float32 may be off.
 
-    Products of codes are exact. A segment's are scaled (three roundings with what decoding the params took) and added,
-    its offset likewise, so each of a row's numbers is rounded once for each segment it goes through and four times
-    before: at most (segments · 2 + 4) · 2⁻²⁴ of the sum of magnitudes. Those are of what is added, before an offset and
+    Products of codes are exact. A segment's are scaled and added, its offset likewise (params are decoded with two
+    roundings), and every 128 columns the sum is scaled and added to the whole. So each number is rounded once for each
+    segment that it goes through, and a few times before and after: at most (segments · 3 + 4) · 2⁻²⁴ of the sum of
+    magnitudes. Those are of what is added, before an offset and
     the rest cancel out. Floating-point weights are added one by one.
     """
-    held = rounded(x, input_group(weight)) if isinstance(weight, Tiles) else x
+    held = rounded(x) if isinstance(weight, Tiles) else x
     w = decode(weight)
     parts = abs(decode(without_offset(weight))) + abs(w - decode(without_offset(weight)))
-    added = 2 * -(-weight.columns // min(weight.group, 128)) if isinstance(weight, Tiles) else weight.columns
+    added = 3 * -(-weight.columns // min(weight.group, 128)) if isinstance(weight, Tiles) else weight.columns
     bound = (added + 4) * FLOAT_UNIT * (abs(held).astype(np.float64) @ parts.T.astype(np.float64))
     return held.astype(np.float64) @ w.T.astype(np.float64), bound
 

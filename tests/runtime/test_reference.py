@@ -118,10 +118,10 @@ def test_scores_are_bounded():
 
 
 def test_inputs_are_rounded_by_group():
-    """By hand: groups of 3, the last of one; 127 stands for the largest, and a tie goes to the even code."""
-    x = np.float32([[127, 2.5, -3.5, 0.25]])
-    assert rounded(x, 3).tolist() == [[127, 2, -4, 0.25]]
-    assert rounded(np.zeros((1, 4), np.float32), 3).tolist() == [[0, 0, 0, 0]]
+    """By hand: a group of 128, and one of one; 127 stands for the largest, and a tie goes to the even code."""
+    x = np.float32([[127, 2.5, -3.5, *[0] * 125, 0.25]])
+    assert rounded(x).tolist() == [[127, 2, -4, *[0] * 125, 0.25]]
+    assert rounded(np.zeros((1, 4), np.float32)).tolist() == [[0, 0, 0, 0]]
 
 
 def test_codes_are_off_by_half_a_step_at_most():

@@ -1,7 +1,7 @@
 """The ops in numpy, one function each: what the compiled kernels are compared with, and what runs without a compiler.
 
 `ReferenceRunner` runs a program by them. With `exact` a product is one of floating-point numbers; without, its inputs
-are first rounded as the kernels round them: x is cut into groups of `input_group(weight)` columns, each with the scale
+are first rounded as the kernels round them: x is cut into groups of `INPUT_GROUP` columns, each with the scale
 max|x| / 127, and a code is x · (127 / max|x|) to the nearest integer, a tie to the even one. The kernels then multiply
 integers, which is the same product up to the order of float32 sums.
 
@@ -36,7 +36,7 @@ from fewbits.runtime.ops import (
     Softcap,
 )
 from fewbits.runtime.runner import MOST_ROWS, Numbers
-from fewbits.runtime.tiles import Tiles, Weight, decode, input_group
+from fewbits.runtime.tiles import INPUT_GROUP, Tiles, Weight, decode
 
 Floats: TypeAlias = NDArray[np.float32]
 Kv: TypeAlias = Literal["f32", "f16", "int8", "int4"]
@@ -52,15 +52,15 @@ def norm(x: Floats, weight: Floats, eps: float) -> Floats:
     return normed
 
 
-def rounded(x: Floats, group: int) -> Floats:
-    """x [rows, columns] as INT8 codes hold it, each `group` columns under a scale of their own."""
+def rounded(x: Floats) -> Floats:
+    """x [rows, columns] as INT8 codes hold it, each `INPUT_GROUP` columns under a scale of their own."""
     found = np.empty_like(x)
-    for start in range(0, x.shape[1], group):
-        part = x[:, start : start + group]
+    for start in range(0, x.shape[1], INPUT_GROUP):
+        part = x[:, start : start + INPUT_GROUP]
         peak = np.abs(part).max(axis=-1, keepdims=True)
         with np.errstate(divide="ignore", invalid="ignore"):
             codes = np.where(peak > 0, np.rint(part * (np.float32(127) / peak)), np.float32(0))
-        found[:, start : start + group] = codes * (peak / np.float32(127))
+        found[:, start : start + INPUT_GROUP] = codes * (peak / np.float32(127))
     return found
 
 
@@ -268,7 +268,7 @@ class ReferenceRunner:
 
     def _product(self, x: Floats, weight: Weight) -> Floats:
         if isinstance(weight, Tiles) and not self._exact:
-            x = rounded(x, input_group(weight))
+            x = rounded(x)
         return x @ self._matrix(weight).T
 
     def _matrix(self, weight: Weight) -> Floats:

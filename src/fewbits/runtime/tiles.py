@@ -32,6 +32,8 @@ BLOCK = 32
 """Columns of one set of planes."""
 STEP = 4
 """Columns that one instruction adds up."""
+INPUT_GROUP = 128
+"""Columns of the inputs that are rounded to INT8 under one scale."""
 PLANES = {1: (1,), 2: (2,), 3: (1, 2), 4: (4,), 5: (1, 4), 6: (2, 4), 7: (1, 2, 4), 8: (8,)}
 """Bits of a code -> bits of each plane, in the order in which they lie: the highest bits first."""
 
@@ -125,11 +127,6 @@ def blocks(columns: int) -> int:
 def groups(columns: int, group: int) -> int:
     """Groups of a row, those of filled-up columns included."""
     return -(-blocks(columns) * BLOCK // group)
-
-
-def input_group(weight: Tiles) -> int:
-    """Columns of the input that are rounded to INT8 under one scale: the weight's group, within 32 and 128."""
-    return min(128, max(BLOCK, weight.group))
 
 
 def arrays(weight: Weight) -> dict[str, Array]:

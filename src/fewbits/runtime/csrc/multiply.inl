@@ -212,11 +212,11 @@ void quantize_row(const Inputs& in, const float* x, std::int64_t columns, std::i
   alignas(64) std::int8_t codes[LONGEST];
   const std::int64_t before = tile * TILE;
   auto* out = static_cast<std::int8_t*>(in.codes) + before * in.padded;
-  float* scales = in.scale + before * in.groups() + m;
-  std::int32_t* start = in.start + before * in.segments() + m;
-  float* total = in.total + before * in.segments() + m;
-  for (std::int64_t at = 0; at < in.padded; at += in.group, scales += rows) {
-    const int count = static_cast<int>(in.padded - at < in.group ? in.padded - at : in.group);
+  float* scales = in.scale + before * in.groups + m;
+  std::int32_t* start = in.start + before * in.segments + m;
+  float* total = in.total + before * in.segments + m;
+  for (std::int64_t at = 0; at < in.padded; at += LONGEST, scales += rows) {
+    const int count = static_cast<int>(in.padded - at < LONGEST ? in.padded - at : LONGEST);
     const float* group = x + at;
     if (at + count > columns) {
       for (int i = 0; i < count; ++i) filled[i] = at + i < columns ? x[at + i] : 0.0f;
@@ -230,7 +230,7 @@ void quantize_row(const Inputs& in, const float* x, std::int64_t columns, std::i
       std::int32_t sum = 0;
       for (int i = first; i < last; ++i) sum += codes[i];
       *start = -in.zero * sum;
-      *total = scale * static_cast<float>(sum);
+      *total = static_cast<float>(sum);
     }
   }
 }
@@ -259,8 +259,8 @@ struct Slab {
   const std::uint8_t* codes[MOST_PANELS];  // or floats
   const float* scale;
   const float* offset;  // null where there is none
-  int steps, segment_steps, per;  // per: segments of an input group, 1 or 2
-  std::int64_t column, first_segment;
+  int steps, segment_steps;
+  std::int64_t column, first_segment, first_group;  // first_group: of the inputs
   bool adds;  // to what stands in out
 };
 
@@ -283,60 +283,74 @@ struct Sums {
   }
 };
 
+constexpr int UNROLLED = 8;  // steps, so that the loop over a segment's is too short for its end to be mispredicted
+
+// Sums in units of the inputs' scale fill registers beside the segment's integers; whole sums wait in out.
 template <int P, int M, bool WIDE>
 void integer_tile(const Slab& s, const Inputs& in, std::int64_t before, float* out, std::int64_t stride) {
   constexpr int R = P * VECTORS;
   const auto* x = static_cast<const std::int8_t*>(in.codes) + before * in.padded + s.column * M;
-  const std::int32_t* start = in.start + before * in.segments() + s.first_segment * M;
-  const float* total = in.total + before * in.segments() + s.first_segment * M;
-  const float* x_scale = in.scale + before * in.groups() + s.first_segment / s.per * M;
-  const float* w_scale = s.scale;
-  const float* offset = s.offset;
-  Sums<P, M> sums;
-  s.adds ? sums.load_from(out, stride) : sums.clear();
-  int segment = 0;
-  for (int step = 0; step < s.steps;) {
-    const int end = step + s.segment_steps < s.steps ? step + s.segment_steps : s.steps;
-    Int dots[M][R];
+  const std::int32_t* start = in.start + before * in.segments + s.first_segment * M;
+  const float* total = in.total + before * in.segments + s.first_segment * M;
+  const float* x_scale = in.scale + before * in.groups + s.first_group * M;
+  const float *w_scale = s.scale, *offset = s.offset;
+  for (int step = 0; step < s.steps; x_scale += M) {
+    const int group_end = step + LONGEST / STEP < s.steps ? step + LONGEST / STEP : s.steps;
+    const bool adds = s.adds || step > 0;
+    Float sums[M][R];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) dots[m][r] = all(start[m]);
-#pragma GCC unroll 4
-    for (; step < end; ++step, x += M * STEP) {
-      Bytes w[R];
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        w[r] = load_bytes(s.codes[r / VECTORS] + step * STEP_BYTES + r % VECTORS * VECTOR_BYTES);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const Bytes inputs = four(x + m * STEP);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) dots[m][r] = WIDE ? dot_wide(dots[m][r], w[r], inputs) : dot(dots[m][r], w[r], inputs);
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Float scale = load(w_scale + r * LANES);
+      for (int r = 0; r < R; ++r) sums[m][r] = all(0.0f);
+    while (step < group_end) {
+      const int end = step + s.segment_steps < group_end ? step + s.segment_steps : group_end;
+      Int dots[M][R];
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
-        sums.at[m][r] = multiply_add(to_float(dots[m][r]), multiply(scale, all(x_scale[m])), sums.at[m][r]);
-    }
-    if (offset) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) dots[m][r] = all(start[m]);
+      for (; step < end; step += UNROLLED)
+#pragma GCC unroll 16
+        for (int i = 0; i < UNROLLED; ++i, x += M * STEP) {
+          Bytes w[R];
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r)
+            w[r] = load_bytes(s.codes[r / VECTORS] + (step + i) * STEP_BYTES + r % VECTORS * VECTOR_BYTES);
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) {
+            const Bytes inputs = four(x + m * STEP);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r)
+              dots[m][r] = WIDE ? dot_wide(dots[m][r], w[r], inputs) : dot(dots[m][r], w[r], inputs);
+          }
+        }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const Float added = load(offset + r * LANES);
+        const Float scale = load(w_scale + r * LANES);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) sums.at[m][r] = multiply_add(added, all(total[m]), sums.at[m][r]);
+        for (int m = 0; m < M; ++m) sums[m][r] = multiply_add(to_float(dots[m][r]), scale, sums[m][r]);
       }
-      offset += R * LANES;
+      if (offset) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const Float added = load(offset + r * LANES);
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) sums[m][r] = multiply_add(added, all(total[m]), sums[m][r]);
+        }
+        offset += R * LANES;
+      }
+      w_scale += R * LANES;
+      start += M;
+      total += M;
     }
-    w_scale += R * LANES;
-    start += M;
-    total += M;
-    if ((++segment & (s.per - 1)) == 0) x_scale += M;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        float* at = out + m * stride + r * LANES;
+        store(at, multiply_add(sums[m][r], all(x_scale[m]), adds ? load(at) : all(0.0f)));
+      }
   }
-  sums.store_to(out, stride);
 }
 
 template <int P, int M>
@@ -418,8 +432,8 @@ Slab open_slab(const Weight& w, std::int64_t panel, int count, std::int64_t colu
   const int columns = static_cast<int>(left < SLAB ? left : SLAB), length = w.segment();
   s.steps = columns / STEP;
   s.segment_steps = length / STEP;
-  s.per = w.input_group() / length;
   s.first_segment = column / length;
+  s.first_group = column / LONGEST;
   for (int p = 0; p < count; ++p)
     s.codes[p] = decode(w, panel + p, column / BLOCK, columns / BLOCK, scratch.codes[p]);
   const int segments = (columns + length - 1) / length, stride = count * PANEL;
@@ -473,10 +487,10 @@ template <int BITS, int P, int M, bool WIDE>
 void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, float* out, std::int64_t stride) {
   const bool offsets = w.offset.kind != Params::Kind::none, finishes = w.table || (SHIFTED && WIDE);
   const Bytes table = w.table ? load_table(w.table) : all_bytes(0);
-  const int length = w.segment(), per = w.input_group() / length;
+  const int length = w.segment();
   const std::int64_t blocks = w.blocks();
   const std::uint8_t* codes[P];
-  Float sums[P][VECTORS][M];
+  Float sums[P][VECTORS][M], inner[P][VECTORS][M];
   Int dots[P][VECTORS][M];
   for (int p = 0; p < P; ++p) codes[p] = codes_at(w, panel + p, 0);
 #pragma GCC unroll 4
@@ -486,6 +500,7 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         sums[p][v][m] = adds ? load(out + m * stride + p * PANEL + v * LANES) : all(0.0f);
+        inner[p][v][m] = all(0.0f);
         dots[p][v][m] = all(in.start[m]);
       }
   Cursor scales = cursor(w, w.scale), shifts = cursor(w, w.offset);
@@ -514,7 +529,6 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
       const bool last = b + 1 == blocks && half == 1;
       if (columns < length && !last) continue;
       columns = 0;
-      const float* x_scale = in.scale + segment / per * M;
       const float* total = in.total + segment * M;
       ++segment;
       const std::int32_t* start = in.start + (last ? 0 : segment * M);
@@ -525,17 +539,28 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
           const Float scale = param(w, w.scale, scales, panel + p, v * LANES, all(1.0f));
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
-            sums[p][v][m] = multiply_add(to_float(dots[p][v][m]), multiply(scale, all(x_scale[m])), sums[p][v][m]);
+            inner[p][v][m] = multiply_add(to_float(dots[p][v][m]), scale, inner[p][v][m]);
             dots[p][v][m] = all(start[m]);
           }
           if (!offsets) continue;
           const Float offset = param(w, w.offset, shifts, panel + p, v * LANES, scale);
 #pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) sums[p][v][m] = multiply_add(offset, all(total[m]), sums[p][v][m]);
+          for (int m = 0; m < M; ++m) inner[p][v][m] = multiply_add(offset, all(total[m]), inner[p][v][m]);
         }
       scales.next();
       shifts.next();
     }
+    if ((b + 1) % (LONGEST / BLOCK) != 0 && b + 1 < blocks) continue;
+    const float* x_scale = in.scale + b / (LONGEST / BLOCK) * M;
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          sums[p][v][m] = multiply_add(inner[p][v][m], all(x_scale[m]), sums[p][v][m]);
+          inner[p][v][m] = all(0.0f);
+        }
   }
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)

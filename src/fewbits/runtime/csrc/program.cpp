@@ -21,7 +21,9 @@ constexpr std::int64_t CHUNK_PANELS = 4;       // for more, so that the inputs o
 constexpr std::int64_t FEW_ROWS = 8;
 constexpr int ANGLE_ROWS = 16;
 
-int whole_panels(int width) { return (width + PANEL - 1) / PANEL * PANEL; }
+// Numbers from one row of a buffer to the next: whole panels, each a line of the cache, and an odd number of them. A
+// power of two would put the same column of all rows into one set of each cache, which holds a dozen of them.
+int stride_of(int width) { return ((width + PANEL - 1) / PANEL | 1) * PANEL; }
 
 }  // namespace
 
@@ -50,7 +52,7 @@ Program::Program(int threads, std::string_view target, KeyValues& cache)
 // ---- composing ----
 
 Buffer Program::buffer(int width) {
-  buffers_.push_back(std::make_unique<Rows>(Rows{width, whole_panels(width), false, false, false, {}}));
+  buffers_.push_back(std::make_unique<Rows>(Rows{width, stride_of(width), false, false, false, {}}));
   return static_cast<Buffer>(buffers_.size()) - 1;
 }
 
@@ -118,7 +120,8 @@ Inputs Program::form(const Weight& w) const {
   in.padded = w.padded();
   if (!w.bits) return in;
   in.segment = w.segment();
-  in.group = w.input_group();
+  in.segments = (in.padded + in.segment - 1) / in.segment;
+  in.groups = (in.padded + LONGEST - 1) / LONGEST;
   in.zero = w.zero - (kernels_.shifted && (w.bits == 8 || w.table) ? 128 : 0);
   return in;
 }
@@ -128,9 +131,9 @@ void Program::prepare(Inputs& in, int set, std::int64_t rows) {
   Packed& packed = *sets_[static_cast<std::size_t>(set)];
   in.rows = rows;
   in.codes = packed.codes.reserve<char>(static_cast<std::size_t>(rows * in.padded * (in.segment ? 1 : 4)));
-  in.scale = packed.scale.reserve<float>(static_cast<std::size_t>(rows * in.groups()));
-  in.start = packed.start.reserve<std::int32_t>(static_cast<std::size_t>(rows * in.segments()));
-  in.total = packed.total.reserve<float>(static_cast<std::size_t>(rows * in.segments()));
+  in.scale = packed.scale.reserve<float>(static_cast<std::size_t>(rows * in.groups));
+  in.start = packed.start.reserve<std::int32_t>(static_cast<std::size_t>(rows * in.segments));
+  in.total = packed.total.reserve<float>(static_cast<std::size_t>(rows * in.segments));
 }
 
 std::int64_t Program::panels_at_a_time(const Weight& w, std::int64_t rows) const {
@@ -141,7 +144,7 @@ std::int64_t Program::panels_at_a_time(const Weight& w, std::int64_t rows) const
 namespace {
 
 bool same(const Inputs& a, const Inputs& b) {
-  return a.padded == b.padded && a.segment == b.segment && a.group == b.group && a.zero == b.zero;
+  return a.padded == b.padded && a.segment == b.segment && a.zero == b.zero;
 }
 
 // Chunks of several matrices in a row: which matrix, and which of its panels.
@@ -287,7 +290,7 @@ struct Program::Routing {
   std::vector<Share> tiles, products;
   Aligned gathered, gates, ups, results;
 
-  int stride(int columns) const { return whole_panels(columns); }
+  int stride(int columns) const { return stride_of(columns); }
   int entries_of(std::size_t expert) const { return first[expert + 1] - first[expert]; }
 
   void choose(const float* logits, int row, std::vector<std::pair<float, int>>& order) const {
@@ -333,9 +336,9 @@ struct Program::Routing {
     Inputs in = all;
     in.rows = entries_of(expert);
     in.codes = static_cast<char*>(all.codes) + before * all.padded * (all.segment ? 1 : 4);
-    in.scale += before * all.groups();
-    in.start += before * all.segments();
-    in.total += before * all.segments();
+    in.scale += before * all.groups;
+    in.start += before * all.segments;
+    in.total += before * all.segments;
     return in;
   }
 

@@ -11,7 +11,7 @@ constexpr int BLOCK = 32;  // columns of one set of planes
 constexpr int STEP = 4;    // columns that one instruction adds up
 constexpr int STEPS = BLOCK / STEP;
 constexpr int STEP_BYTES = PANEL * STEP;
-constexpr int LONGEST = 128;  // columns whose products are summed as integers before a scale is applied
+constexpr int LONGEST = 128;  // columns of the inputs that share a scale; no more are summed as integers
 
 enum class Number { f32, f16, bf16 };
 
@@ -43,25 +43,21 @@ struct Weight {
   }
   // Columns that are summed as integers: a group, or a part of a large one.
   int segment() const { return group && group < LONGEST ? static_cast<int>(group) : LONGEST; }
-  // Columns of the inputs that share a scale.
-  int input_group() const { return segment() < BLOCK ? BLOCK : segment(); }
 };
 
 // Inputs of a product as its kernels read them: `tile` rows interleaved, the last ones fewer.
 //   codes  [tiles][columns / 4][rows of the tile][4]; floating-point numbers: [tiles][columns][rows of the tile]
 //   scale  [tiles][input groups][rows of the tile]
 //   start  [tiles][segments][rows of the tile]: −zero · Σ codes, where the sum of products begins
-//   total  the same, scale · Σ codes: what an offset of the weight is multiplied by
+//   total  the same, Σ codes: what an offset of the weight is multiplied by
 struct Inputs {
-  std::int64_t rows = 0, padded = 0;
-  int segment = 0, group = 0, zero = 0;  // segment 0: floating-point numbers
+  std::int64_t rows = 0, padded = 0, segments = 0, groups = 0;
+  int segment = 0, zero = 0;  // segment 0: floating-point numbers
   void* codes = nullptr;
   float* scale = nullptr;
   std::int32_t* start = nullptr;
   float* total = nullptr;
 
-  std::int64_t segments() const { return segment ? (padded + segment - 1) / segment : 0; }
-  std::int64_t groups() const { return group ? (padded + group - 1) / group : 0; }
 };
 
 }  // namespace fewbits::runtime
