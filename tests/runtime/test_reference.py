@@ -251,13 +251,13 @@ def test_an_unknown_cache_is_refused():
 
 
 def test_products_with_tiles_round_their_inputs_unless_exact():
-    packed = np.random.default_rng(0).integers(0, 256, (1, 2, 256), np.uint8)
-    tile = Tiles(16, 64, 4, 16, 8, packed, Direct(normal(1, 4, 16)))
-    made = program(Linear("x", (tile,), ("logits",), (None,)), width=64)
-    x = 2 * torch.tensor(normal(20, 64))[[5]]
+    packed = np.random.default_rng(0).integers(0, 256, (1, 8, 256), np.uint8)
+    tile = Tiles(16, 256, 4, 16, 8, packed, Direct(normal(1, 16, 16)))
+    made = program(Linear("x", (tile,), ("logits",), (None,)), width=256)
+    x = 2 * torch.tensor(normal(20, 256))[[5]]
     w = torch.tensor(decode(tile))
     close(run(made, numbers(5), exact=True), x @ w.T, 100)
-    halves = x.unflatten(1, (2, 32))  # groups of 16 are rounded as 32
+    halves = x.unflatten(1, (2, 128))
     scale = halves.abs().amax(-1, keepdim=True) / 127
     close(run(made, numbers(5)), ((halves / scale).round() * scale).flatten(1) @ w.T, 100)
     assert not np.array_equal(run(made, numbers(5)), run(made, numbers(5), exact=True))

@@ -283,7 +283,7 @@ struct Sums {
   }
 };
 
-constexpr int UNROLLED = 8;  // steps, so that the loop over a segment's is too short for its end to be mispredicted
+constexpr int UNROLLED = 4;  // steps, so that the loop over a segment's is too short for its end to be mispredicted
 
 // Sums in units of the inputs' scale fill registers beside the segment's integers; whole sums wait in out.
 template <int P, int M, bool WIDE>
