@@ -86,7 +86,7 @@ class CompiledRunner:
         self._program = core.Program(self.threads, target, self._cache)
         self._buffers = {name: self._program.buffer(width) for name, width in program.buffers.items()}
         self._weights: dict[int, Any] = {}
-        self._ops = program.ops  # whose arrays the kernels read
+        self.program = program  # whose arrays the kernels read
         for op in program.ops:
             self._add(op)
 
