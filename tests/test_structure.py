@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"nn"},
     "engine": {"models", "nn", "kernels", "checkpoint", "formats", "runtime"},
     "train": {"models", "nn", "formats", "methods"},
-    "evals": {"engine", "models", "checkpoint", "formats"},
+    "evals": {"engine", "models", "checkpoint", "formats", "runtime"},
     "server": {"engine", "pipeline"},
 }
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {"report", "server"}

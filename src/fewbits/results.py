@@ -155,6 +155,84 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A figure measured in several rounds: their median, the least and the most of them."""
+
+    median: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Together:
+    """How fast several sequences are decoded in one batch; rate: tokens a second of all of them."""
+
+    sequences: int
+    rate: Measured
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What the machine can do at most, and which part of it was reached.
+
+    bytes_per_token: of weights, read for every decoded token. read_bandwidth: bytes a second that the threads read
+    from memory. operations_per_token: of products of integers, for every token of a prompt but the last, each
+    multiplication and each addition counted. integer_peak: such operations a second from registers. The parts are of
+    the limit that was measured in the same round; bandwidth_part is above one where caches hold the weights.
+    """
+
+    bytes_per_token: int
+    read_bandwidth: Measured
+    bandwidth_part: Measured
+    operations_per_token: int
+    integer_peak: Measured
+    integer_part: Measured
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another program's speed, measured in the same rounds. Ratios, of one round each, are ours over theirs."""
+
+    program: str
+    model: str
+    prefill: Measured
+    decode: Measured
+    prefill_ratio: Measured
+    decode_ratio: Measured
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How fast a model runs, rates in tokens a second.
+
+    runner: which code ran it. prefill: of prompts of `prompt_tokens`. decode: of `new_tokens` tokens from an empty
+    context, one after the other. first_token_seconds: from the start of a process to its first token behind a prompt
+    of 16, where the checkpoint has been opened before. weight_memory: bytes in memory of the file of weights that is
+    mapped, 0 where there is none; other_memory: bytes of everything else in memory behind a prompt of `prompt_tokens`;
+    both None where the system does not tell. cache_bytes: of keys and values, of as many sequences as were decoded
+    together, `context` tokens each. roofline: None for runners other than the compiled kernels.
+    """
+
+    model: str
+    runner: str
+    threads: int
+    kv: str
+    context: int
+    prompt_tokens: int
+    new_tokens: int
+    runs: int
+    prefill: Measured
+    decode: Measured
+    together: tuple[Together, ...]
+    first_token_seconds: Measured
+    weight_memory: int | None
+    other_memory: int | None
+    cache_bytes: int | None
+    roofline: Roofline | None
+    peer: Peer | None
+
+
+@dataclass(frozen=True)
 class FrontierPoint:
     """A quantized model in a figure of size against divergence (nats per token, the mean).
 

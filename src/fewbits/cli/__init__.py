@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fewbits.cli import (
+    bench,
     chat,
     demo,
     evaluate,
@@ -50,6 +51,7 @@ VERBS = (
     evaluate,
     generate,
     chat,
+    bench,
     imatrix,
     inspect,
     formats,

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <functional>
@@ -14,8 +15,10 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 
 #include "bind_ops.h"
+#include "mapping.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -132,12 +135,52 @@ void multiply(const std::string& target, int threads, const Held& held, Numbers 
   program.run_rows(static_cast<int>(x.shape(0)), before, x.data(), after, out.data());
 }
 
+using Objects = std::vector<nb::object>;
+
+std::vector<Weight> weights_of(const Objects& handles) {
+  std::vector<Weight> weights;
+  for (const auto& handle : handles) weights.push_back(nb::cast<const Held&>(handle).weight);
+  return weights;
+}
+
+double seconds_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// Seconds of a product of `rows` inputs, median of `rounds`. A round goes through all weights, matrices of one shape: so
+// many that no cache holds them, where reading them is what is to be timed. Rounding of the inputs to INT8 is included.
+double time_multiply(const std::string& target, int threads, const Objects& handles, int rows, int rounds) {
+  require(!handles.empty() && rows > 0 && rounds > 0, "weights, rows and rounds must be there to be timed");
+  const std::vector<Weight> weights = weights_of(handles);
+  const std::int64_t in = weights[0].columns, out = weights[0].rows;
+  KeyValues none(Kind::f16, 1, 1, 1, 1, 16);
+  Program program(threads, target, none);
+  const auto before = program.buffer(static_cast<int>(in)), after = program.buffer(static_cast<int>(out));
+  for (const Weight& w : weights) {
+    require(w.columns == in && w.rows == out, "weights must have one shape");
+    program.linear({before, {w}, {after}, {nullptr}, false});
+  }
+  std::vector<float> x(static_cast<std::size_t>(rows * in)), y(static_cast<std::size_t>(rows * out));
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 251) - 125.0f;
+  std::vector<double> seconds(static_cast<std::size_t>(rounds));
+  nb::gil_scoped_release released;
+  program.run_rows(rows, before, x.data(), after, y.data());  // threads awake, pages there
+  for (double& one : seconds) {
+    const auto begin = std::chrono::steady_clock::now();
+    program.run_again();
+    one = seconds_since(begin) / static_cast<double>(weights.size());
+  }
+  const auto middle = seconds.begin() + rounds / 2;
+  std::nth_element(seconds.begin(), middle, seconds.end());
+  return *middle;
+}
+
 double seconds_of(Pool& pool, std::size_t chunks, const std::function<void(std::size_t, int)>& work) {
   const std::vector<Phase> phases{{[=] { return chunks; }, work}};
   pool.run(phases);  // threads awake, pages there
   const auto begin = std::chrono::steady_clock::now();
   pool.run(phases);
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  return seconds_since(begin);
 }
 
 // Operations a second, a multiplication and an addition each counted, of products from registers.
@@ -164,14 +207,6 @@ double read_bandwidth(const std::string& target, int threads, std::int64_t bytes
   std::atomic<unsigned> seen{0};
   const double seconds = seconds_of(pool, static_cast<std::size_t>(bytes / part), [&](std::size_t i, int) { seen += k.read_lines(at + i * part, part); });
   return static_cast<double>(bytes / part * part) / seconds;
-}
-
-using Objects = std::vector<nb::object>;
-
-std::vector<Weight> weights_of(const Objects& handles) {
-  std::vector<Weight> weights;
-  for (const auto& handle : handles) weights.push_back(nb::cast<const Held&>(handle).weight);
-  return weights;
 }
 
 const float* data_of(const std::optional<Vector>& vector) { return vector ? vector->data() : nullptr; }
@@ -265,6 +300,17 @@ void bind_weights(nb::module_& m) {
       .def("offset_zeros", &set_zeros);
 }
 
+void bind_mapping(nb::module_& m) {
+  nb::class_<Mapping>(m, "Mapping")
+      .def(nb::init<const std::string&>(), nb::arg("path"))
+      .def("bytes", [](nb::object self) {
+        const auto& mapping = nb::cast<const Mapping&>(self);
+        return nb::ndarray<nb::numpy, const std::uint8_t, nb::ndim<1>>(mapping.data(), {mapping.size()}, self);
+      })
+      .def_prop_ro("moved", &Mapping::moved)
+      .def("move_on", &Mapping::move_on, nb::call_guard<nb::gil_scoped_release>());
+}
+
 void bind_program(nb::module_& m) {
   nb::class_<Composed>(m, "Program")
       .def(nb::init<int, const std::string&, nb::object>(), nb::arg("threads"), nb::arg("target"), nb::arg("cache"))
@@ -312,6 +358,8 @@ NB_MODULE(_runtime, m) {
       std::rethrow_exception(thrown);
     } catch (const OutOfMemory& error) {
       PyErr_SetString(PyExc_MemoryError, error.what());
+    } catch (const std::system_error& error) {
+      PyErr_SetString(PyExc_OSError, error.what());
     }
   });
   m.def("targets", [] {
@@ -321,9 +369,12 @@ NB_MODULE(_runtime, m) {
   });
   bind_ops(m, ops_of);
   bind_weights(m);
+  bind_mapping(m);
   bind_program(m);
   m.def("integer_peak", &integer_peak, nb::arg("target"), nb::arg("threads"));
   m.def("read_bandwidth", &read_bandwidth, nb::arg("target"), nb::arg("threads"), nb::arg("bytes"));
+  m.def("time_multiply", &time_multiply, nb::arg("target"), nb::arg("threads"), nb::arg("weights"), nb::arg("rows"),
+        nb::arg("rounds"));
   m.def("multiply", &multiply, nb::arg("target"), nb::arg("threads"), nb::arg("weight"), nb::arg("x"), nb::arg("out"),
         nb::arg("bias").none(), nb::arg("accumulate"));
 }

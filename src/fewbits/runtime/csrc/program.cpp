@@ -257,46 +257,62 @@ void Program::attend(AttendOp op) {
   flush();
   const std::size_t table = this->table(op);
   write(op.out, false);
-  const auto shared = std::make_shared<AttendOp>(std::move(op));
-  const auto stride = [this](Buffer b) { return static_cast<std::size_t>(buffers_.at(b)->stride); };
-  phases_.push_back({[shared] { return static_cast<std::size_t>(shared->kv_heads); },
-                     [this, shared, table, stride](std::size_t chunk, int) {
-                       const AttendOp& o = *shared;
-                       const Angles& a = *angles_[table];
-                       const int head = static_cast<int>(chunk);
-                       kernels_.ops->prepare({row(o.q, 0), row(o.k, 0), row(o.v, 0), stride(o.q), stride(o.k), stride(o.v),
-                                              a.cosines.data<float>(), a.sines.data<float>(),
-                                              2 * static_cast<int>(a.frequencies.size()), o.q_norm, o.k_norm, o.eps, o.heads,
-                                              &cache_, o.layer, step_.slots, step_.positions, 0, step_.rows, head, head + 1});
-                     }});
-  // Heads of a group read the same keys, so they stay together as long as there is work for all threads.
-  const int group = shared->heads / shared->kv_heads;
-  const auto parts = std::make_shared<std::vector<Part>>();
-  const auto splits = std::make_shared<int>(1);
-  phases_.push_back({[this, shared, group, parts, splits] {
-                       parts->clear();
-                       const int most = std::max(1, QUERIES / group);
-                       for (int r = 0; r < step_.rows;) {
-                         int end = r + 1;
-                         while (end < step_.rows && end - r < most && step_.slots[end] == step_.slots[r]) ++end;
-                         parts->push_back({r, end});
-                         r = end;
-                       }
-                       const int chunks = static_cast<int>(parts->size()) * shared->kv_heads;
-                       *splits = chunks < pool_.threads() ? std::min(group, pool_.threads()) : 1;
-                       return static_cast<std::size_t>(chunks) * static_cast<std::size_t>(*splits);
+  const auto shared = std::make_shared<Attention>(Attention{std::move(op), table, 1, {}});
+  phases_.push_back({[this, shared] { return alone(*shared) ? 0 : static_cast<std::size_t>(shared->op.kv_heads); },
+                     [this, shared](std::size_t head, int) { store_keys(*shared, static_cast<int>(head)); }});
+  phases_.push_back({[this, shared] {
+                       cut(*shared);
+                       const int heads = shared->op.kv_heads;
+                       if (alone(*shared)) return static_cast<std::size_t>(heads);
+                       return shared->parts.size() * static_cast<std::size_t>(heads * shared->splits);
                      },
-                     [this, shared, group, parts, splits, stride](std::size_t chunk, int thread) {
-                       const AttendOp& o = *shared;
-                       const int split = static_cast<int>(chunk) % *splits, rest = static_cast<int>(chunk) / *splits;
-                       const int kv_head = rest % o.kv_heads, first = kv_head * group;
-                       const Part part = (*parts)[static_cast<std::size_t>(rest / o.kv_heads)];
-                       kernels_.ops->attend({row(o.q, 0), row(o.out, 0), stride(o.q), stride(o.out), &cache_, o.layer,
-                                             step_.slots[part.begin], kv_head, first + group * split / *splits,
-                                             first + group * (split + 1) / *splits, part.begin, part.end,
-                                             step_.positions[part.begin], o.scale, o.softcap, o.window,
-                                             static_cast<float*>(scratch(thread))});
+                     [this, shared](std::size_t chunk, int thread) {
+                       const auto heads = static_cast<std::size_t>(shared->op.kv_heads);
+                       const auto splits = static_cast<std::size_t>(shared->splits);
+                       if (!alone(*shared))
+                         return attend_part(*shared, shared->parts[chunk / splits / heads], static_cast<int>(chunk / splits % heads),
+                                            static_cast<int>(chunk % splits), thread);
+                       store_keys(*shared, static_cast<int>(chunk));
+                       for (const Part& part : shared->parts) attend_part(*shared, part, static_cast<int>(chunk), 0, thread);
                      }});
+}
+
+// Whether one thread does all for a head of keys and values: few rows are not worth meeting in between.
+bool Program::alone(const Attention& a) const { return step_.rows <= FEW_ROWS && a.op.kv_heads >= pool_.threads(); }
+
+// Consecutive rows of one sequence, as many as attention takes together. Heads of a group read the same keys, so they
+// stay together as long as there is work for all threads.
+void Program::cut(Attention& a) const {
+  const int group = a.op.heads / a.op.kv_heads, most = std::max(1, QUERIES / group);
+  a.parts.clear();
+  for (int r = 0; r < step_.rows;) {
+    int end = r + 1;
+    while (end < step_.rows && end - r < most && step_.slots[end] == step_.slots[r]) ++end;
+    a.parts.push_back({r, end});
+    r = end;
+  }
+  const int chunks = static_cast<int>(a.parts.size()) * a.op.kv_heads;
+  a.splits = !alone(a) && chunks < pool_.threads() ? std::min(group, pool_.threads()) : 1;
+}
+
+void Program::store_keys(const Attention& a, int head) {
+  const AttendOp& o = a.op;
+  const Angles& angles = *angles_[a.table];
+  const auto stride = [this](Buffer b) { return static_cast<std::size_t>(buffers_.at(b)->stride); };
+  kernels_.ops->prepare({row(o.q, 0), row(o.k, 0), row(o.v, 0), stride(o.q), stride(o.k), stride(o.v),
+                         angles.cosines.data<float>(), angles.sines.data<float>(),
+                         2 * static_cast<int>(angles.frequencies.size()), o.q_norm, o.k_norm, o.eps, o.heads, &cache_,
+                         o.layer, step_.slots, step_.positions, 0, step_.rows, head, head + 1});
+}
+
+void Program::attend_part(const Attention& a, const Part& part, int kv_head, int split, int thread) {
+  const AttendOp& o = a.op;
+  const int group = o.heads / o.kv_heads, first = kv_head * group;
+  const auto stride = [this](Buffer b) { return static_cast<std::size_t>(buffers_.at(b)->stride); };
+  kernels_.ops->attend({row(o.q, 0), row(o.out, 0), stride(o.q), stride(o.out), &cache_, o.layer, step_.slots[part.begin],
+                        kv_head, first + group * split / a.splits, first + group * (split + 1) / a.splits, part.begin,
+                        part.end, step_.positions[part.begin], o.scale, o.softcap, o.window,
+                        static_cast<float*>(scratch(thread))});
 }
 
 // ---- experts ----

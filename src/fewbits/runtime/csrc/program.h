@@ -98,6 +98,9 @@ class Program {
   // Runs the ops on rows that are given, without tokens: for the tests of one op.
   void run_rows(int rows, Buffer x, const float* given, Buffer y, float* out);
 
+  // The same once more, on what the buffers hold now: for timing.
+  void run_again() { pool_.run(phases_); }
+
   const Kernels& kernels() const { return kernels_; }
   int width(Buffer buffer) const { return buffers_.at(static_cast<std::size_t>(buffer))->width; }
 
@@ -112,8 +115,14 @@ class Program {
   struct Packed {
     Aligned codes, scale, start, total;
   };
-  struct Part {  // of an attention: some rows of one sequence
+  struct Part {  // some rows of one sequence
     int begin, end;
+  };
+  struct Attention {
+    AttendOp op;
+    std::size_t table;  // of angles
+    int splits;         // of a group's heads
+    std::vector<Part> parts;
   };
   struct Routing;
 
@@ -130,6 +139,10 @@ class Program {
   void* scratch(int thread) const { return scratch_[static_cast<std::size_t>(thread)].data<void>(); }
   void angles(std::size_t table);
   std::size_t table(const AttendOp& op);
+  bool alone(const Attention& a) const;
+  void cut(Attention& a) const;
+  void store_keys(const Attention& a, int head);
+  void attend_part(const Attention& a, const Part& part, int kv_head, int split, int thread);
   void check(const Step& step) const;
   void make_room();
 
