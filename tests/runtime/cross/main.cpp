@@ -135,6 +135,7 @@ int check(const Target& generic_target, const Target& target, int (*check_functi
   check_rows(generic, ops, verdict);
   for (const Shape& shape : SHAPES) check_attention(generic, ops, verdict, shape);
   verdict.failures += check_products(generic_target.kernels, target.kernels, generic_target.fuses == target.fuses);
+  verdict.failures += check_program(target.kernels.name);
   const int failures = verdict.failures + check_functions();
   std::printf("%-8s %s\n", ops.target, failures ? "FAILED" : "agrees with the generic target");
   return failures;

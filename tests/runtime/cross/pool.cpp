@@ -1,5 +1,5 @@
 // The pool: every chunk once, phases one behind the other, whoever throws. Chunks write and read plain numbers, so that
-// the sanitizer of threads sees where nothing orders them. FEWBITS_ALONE makes a program of this file.
+// the sanitizer of threads sees where nothing orders them.
 
 #include "check.h"
 #include "pool.h"
@@ -150,7 +150,3 @@ int check_pool() {
   std::printf("%-8s %s\n", "pool", verdict.failures ? "FAILED" : "does every chunk once and in order");
   return verdict.failures;
 }
-
-#ifdef FEWBITS_ALONE
-int main() { return check_pool() != 0; }
-#endif

@@ -2,7 +2,7 @@
 
 arm: ARMv8 with and without its dot products, against plain C++ for the same processor, under qemu.
 sanitize: this machine's targets with the sanitizers of addresses and undefined behaviour.
-threads: the pool with the sanitizer of threads.
+threads: the pool and a program on it with the sanitizer of threads.
 
 Ends with 0 where everything agrees, 1 where not, and 77 (as automake's tests do) where a tool is missing.
 """
@@ -24,8 +24,10 @@ FLAGS = "-std=gnu++20 -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 WARNINGS = "-Wall -Wextra -Werror -Wno-psabi -Wno-unused-function"
 
 OF_EACH_TARGET = [SOURCES / "ops_target.cpp", SOURCES / "target.cpp", HERE / "functions.cpp"]
-POOL = [SOURCES / "pool.cpp", HERE / "pool.cpp"]
-COMMON = [SOURCES / "cache.cpp", SOURCES / "ops.cpp", HERE / "products.cpp", HERE / "main.cpp", *POOL]
+TOGETHER = [SOURCES / f"{name}.cpp" for name in ("cache", "ops", "pool", "program")]
+TOGETHER += [HERE / "pool.cpp", HERE / "program.cpp"]
+COMMON = [*TOGETHER, HERE / "products.cpp", HERE / "main.cpp"]
+THREADS = [*TOGETHER, HERE / "threads.cpp"]
 
 WIDE = "-march=x86-64-v4 -mprefer-vector-width=512 -Wno-maybe-uninitialized"  # gcc 12 warns of its own intrinsics
 X86 = {
@@ -94,7 +96,7 @@ def builds() -> dict[str, Build]:
     return {
         "arm": Build("aarch64-linux-gnu-g++", "-O2 -static", ARM, ("qemu-aarch64-static", "-cpu", "max")),
         "sanitize": Build("g++", sanitizers, native()),
-        "threads": Build("g++", "-O1 -fsanitize=thread -DFEWBITS_ALONE", {}, common=tuple(POOL)),
+        "threads": Build("g++", "-O1 -fsanitize=thread -w", {"generic": X86["generic"]}, common=tuple(THREADS)),
     }
 
 

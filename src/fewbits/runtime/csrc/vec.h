@@ -263,7 +263,15 @@ inline Float load(const float* p) {
 }
 inline void store(float* p, Float v) { std::memcpy(p, &v, sizeof v); }
 inline Float multiply(Float a, Float b) { return a * b; }
-inline Float multiply_add(Float a, Float b, Float c) { return a * b + c; }
+// Left to itself the compiler fuses the two in some places and not in others, and a row's bits depended on its tile.
+inline Float multiply_add(Float a, Float b, Float c) {
+#if defined(__FP_FAST_FMAF)
+  for (int i = 0; i < 4; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
 inline float half(std::uint16_t h) {  // exponents are 112 apart; what is subnormal is normal afterwards
   const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
   const std::uint32_t shifted = rest << 13;
