@@ -41,7 +41,7 @@ def open_runner(
         tokens = _context(path, context, found)
     except _NotComposedError as error:
         return _by_transformers(path, str(error), slots=slots, context=context, kv=kv, threads=threads)
-    return runner(found.program, slots, tokens, cast(Kv, kv), threads), found.facts
+    return runner(found.program, slots, tokens, cast(Kv, kv), threads, found.settle), found.facts
 
 
 class _NotComposedError(UnsupportedError):

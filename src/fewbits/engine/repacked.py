@@ -19,12 +19,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
 import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ import numpy as np
 
 from fewbits.engine.program_json import decode, encode
 from fewbits.errors import CheckpointError
+from fewbits.runtime.mapping import Mapping
 from fewbits.runtime.ops import Program
 from fewbits.runtime.tiles import Array, Direct, Floats, Offset, Scale, Stepped, Weight, Zeros
 
@@ -55,10 +55,12 @@ class Repacked:
 
     facts: config, tokenizer, tokenizer_config, generation_config (see `text_files`), and longest, the tokens up to
     which the program computes what the model does.
+    settle: moves mapped weights into memory that is faster to read; None where they are not mapped.
     """
 
     program: Program
     facts: dict[str, Any]
+    settle: Callable[[], None] | None = None
 
 
 def places(path: Path) -> Iterator[Path]:
@@ -82,7 +84,7 @@ def read(place: Path, fingerprint: str) -> Repacked | None:
             log.info("%s was made of another state of the checkpoint: repacking", place)
             return None
         arrays = [_view(mapped, facts) for facts in header["arrays"]]
-        return Repacked(decode(header["program"], arrays), header["facts"])
+        return Repacked(decode(header["program"], arrays), header["facts"], mapped.move)
     except FileNotFoundError:
         return None
     except (OSError, CheckpointError, KeyError, ValueError, TypeError, IndexError, struct.error) as error:
@@ -90,22 +92,22 @@ def read(place: Path, fingerprint: str) -> Repacked | None:
         return None
 
 
-def _open(place: Path) -> tuple[dict[str, Any], mmap.mmap]:
+def _open(place: Path) -> tuple[dict[str, Any], Mapping]:
     with place.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         magic, offset, length, total, expected = PREAMBLE.unpack(file.read(PREAMBLE.size))
         if magic != MAGIC or total != size or offset + length != size:
             raise CheckpointError(f"it has {size} bytes and says {total}, or is no cache of this version")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    text = mapped[offset : offset + length]
+    mapped = Mapping(place)
+    text = mapped.bytes[offset : offset + length].tobytes()
     if hashlib.sha256(text).digest() != expected:
         raise CheckpointError("its header is damaged")
     return json.loads(text), mapped
 
 
-def _view(mapped: mmap.mmap, facts: dict[str, Any]) -> Array:
+def _view(mapped: Mapping, facts: dict[str, Any]) -> Array:
     dtype, shape, offset = np.dtype(facts["dtype"]), tuple(facts["shape"]), facts["offset"]
-    array = np.frombuffer(mapped, dtype, int(np.prod(shape)), offset).reshape(shape)
+    array = np.frombuffer(mapped.bytes, dtype, int(np.prod(shape)), offset).reshape(shape)
     if _ends(array) != facts["ends"]:
         raise CheckpointError(f"the array at byte {offset} is damaged")
     return array

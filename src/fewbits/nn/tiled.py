@@ -1,6 +1,6 @@
 """Linear layers and embeddings on the compiled kernels of `runtime`: their weight lies in tiles, as those read it.
 
-A `QuantizedLinear` decodes its weight to float at every use, which for one token is some fifty times the work of the
+A `QuantizedLinear` decodes its weight to float at every use, which for one token is many times the work of the
 product itself. Here integers are multiplied: x is rounded to INT8, 128 columns of a row at a scale of their own, which
 moves each of its numbers by at most 1/254 of the largest of the 128 (`runtime/tiles.py`). In exchange the layer is for
 inference on a CPU alone. A `Matrix` is no buffer: it is not in the state dict, moving or casting the model leaves it

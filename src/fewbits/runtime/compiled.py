@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import time
+from collections.abc import Callable
 from functools import lru_cache, singledispatchmethod
 from typing import Any
 
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 
 SWITCH = "FEWBITS_COMPILED"
 """Environment variable: `0` leaves the compiled kernels alone, so that their references run."""
+PATIENCE = 2.0
+"""Seconds of work after which more is expected."""
 TARGET = "FEWBITS_TARGET"
 """Environment variable: the name of the target whose kernels run, of `targets()`; the best one if it is not set."""
 
@@ -64,11 +68,18 @@ def core_for(target: str) -> tuple[Any, str]:
     return core, target
 
 
-def runner(program: Program, slots: int, context: int, kv: Kv, threads: int | None) -> Runner:
-    """The fastest runner of a program that there is."""
+def runner(
+    program: Program,
+    slots: int,
+    context: int,
+    kv: Kv,
+    threads: int | None,
+    settle: Callable[[], None] | None = None,
+) -> Runner:
+    """The fastest runner of a program that there is. settle: see `CompiledRunner`."""
     if compiled() is None:
         return ReferenceRunner(program, slots, context, kv)
-    return CompiledRunner(program, slots, context, kv, threads)
+    return CompiledRunner(program, slots, context, kv, threads, settle=settle)
 
 
 def cores() -> int:
@@ -79,12 +90,21 @@ def cores() -> int:
 class CompiledRunner:
     """A `Runner` of compiled kernels. threads: all cores by default; target: the best this processor has.
 
+    settle: called once, after the first `PATIENCE` seconds of work, for what pays only if there is more to come.
+
     Raises UnsupportedError for a type of the cache or a target that is not there, MemoryError, with how much was asked
     for, where the cache or a buffer cannot be allocated.
     """
 
     def __init__(
-        self, program: Program, slots: int, context: int, kv: Kv = "f16", threads: int | None = None, target: str = ""
+        self,
+        program: Program,
+        slots: int,
+        context: int,
+        kv: Kv = "f16",
+        threads: int | None = None,
+        target: str = "",
+        settle: Callable[[], None] | None = None,
     ) -> None:
         core, target = core_for(target)
         if kv not in ("f16", "int8", "int4"):
@@ -95,6 +115,7 @@ class CompiledRunner:
         self._program = core.Program(self.threads, target, self._cache)
         self._buffers = {name: self._program.buffer(width) for name, width in program.buffers.items()}
         self._weights: dict[int, Any] = {}
+        self._settle, self._worked = settle, 0.0
         self.program = program  # whose arrays the kernels read
         for op in program.ops:
             self._add(op)
@@ -113,7 +134,12 @@ class CompiledRunner:
         """See `Runner.forward`. Raises ValueError for a token, slot or position that there is not."""
         out = np.empty((len(wanted), self.vocabulary), np.float32)
         given = (np.ascontiguousarray(x, np.int32) for x in (tokens, slots, positions, wanted))
+        begin = time.perf_counter()
         self._program.run(*given, self._buffers["logits"], out)
+        self._worked += time.perf_counter() - begin
+        if self._settle is not None and self._worked > PATIENCE:
+            self._settle()
+            self._settle = None
         return out
 
     def copy(self, source: int, target: int, length: int) -> None:

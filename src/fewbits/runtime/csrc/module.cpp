@@ -15,8 +15,10 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 
 #include "bind_ops.h"
+#include "mapping.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -327,6 +329,17 @@ void bind_weights(nb::module_& m) {
       .def("offset_zeros", &set_zeros);
 }
 
+void bind_mapping(nb::module_& m) {
+  nb::class_<Mapping>(m, "Mapping")
+      .def(nb::init<const std::string&>(), nb::arg("path"))
+      .def("bytes", [](nb::object self) {
+        const auto& mapping = nb::cast<const Mapping&>(self);
+        return nb::ndarray<nb::numpy, const std::uint8_t, nb::ndim<1>>(mapping.data(), {mapping.size()}, self);
+      })
+      .def_prop_ro("moved", &Mapping::moved)
+      .def("move_on", &Mapping::move_on, nb::call_guard<nb::gil_scoped_release>());
+}
+
 void bind_program(nb::module_& m) {
   nb::class_<Composed>(m, "Program")
       .def(nb::init<int, const std::string&, nb::object>(), nb::arg("threads"), nb::arg("target"), nb::arg("cache"))
@@ -374,6 +387,8 @@ NB_MODULE(_runtime, m) {
       std::rethrow_exception(thrown);
     } catch (const OutOfMemory& error) {
       PyErr_SetString(PyExc_MemoryError, error.what());
+    } catch (const std::system_error& error) {
+      PyErr_SetString(PyExc_OSError, error.what());
     }
   });
   m.def("targets", [] {
@@ -383,6 +398,7 @@ NB_MODULE(_runtime, m) {
   });
   bind_ops(m, ops_of);
   bind_weights(m);
+  bind_mapping(m);
   bind_program(m);
   nb::class_<Products>(m, "Products")
       .def(nb::init<int, const std::string&>(), nb::arg("threads"), nb::arg("target"))
