@@ -206,12 +206,18 @@ inline float quantize(const float* x, int count, std::int8_t* codes) {
   return peak / 127.0f;
 }
 
+// Where codes of a tile lie from a column on: slab by slab, so that all tiles' parts of one are read in a row.
+inline std::int64_t place(const Inputs& in, std::int64_t before, std::int64_t column, int rows) {
+  const std::int64_t slab = column / SLAB * SLAB, width = in.padded - slab < SLAB ? in.padded - slab : SLAB;
+  return slab * in.rows + before * width + (column - slab) * rows;
+}
+
 // Row `m` of a tile of `rows`: codes, scales, and what is needed of their sums.
 void quantize_row(const Inputs& in, const float* x, std::int64_t columns, std::int64_t tile, int rows, int m) {
   alignas(64) float filled[LONGEST];
   alignas(64) std::int8_t codes[LONGEST];
   const std::int64_t before = tile * TILE;
-  auto* out = static_cast<std::int8_t*>(in.codes) + before * in.padded;
+  auto* codes_out = static_cast<std::int8_t*>(in.codes);
   float* scales = in.scale + before * in.groups + m;
   std::int32_t* start = in.start + before * in.segments + m;
   float* total = in.total + before * in.segments + m;
@@ -224,7 +230,8 @@ void quantize_row(const Inputs& in, const float* x, std::int64_t columns, std::i
     }
     const float scale = quantize(group, count, codes);
     *scales = scale;
-    for (int i = 0; i < count; i += STEP) std::memcpy(out + ((at + i) * rows) + m * STEP, codes + i, STEP);
+    std::int8_t* out = codes_out + place(in, before, at, rows) + m * STEP;
+    for (int i = 0; i < count; i += STEP) std::memcpy(out + i * rows, codes + i, STEP);
     for (int first = 0; first < count; first += in.segment, start += rows, total += rows) {
       const int last = first + in.segment < count ? first + in.segment : count;
       std::int32_t sum = 0;
@@ -289,7 +296,7 @@ constexpr int UNROLLED = 4;  // steps, so that the loop over a segment's is too 
 template <int P, int M, bool WIDE>
 void integer_tile(const Slab& s, const Inputs& in, std::int64_t before, float* out, std::int64_t stride) {
   constexpr int R = P * VECTORS;
-  const auto* x = static_cast<const std::int8_t*>(in.codes) + before * in.padded + s.column * M;
+  const auto* x = static_cast<const std::int8_t*>(in.codes) + place(in, before, s.column, M);
   const std::int32_t* start = in.start + before * in.segments + s.first_segment * M;
   const float* total = in.total + before * in.segments + s.first_segment * M;
   const float* x_scale = in.scale + before * in.groups + s.first_group * M;
