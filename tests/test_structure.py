@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": set(),
     "kernels": {"formats"},
     "checkpoint": {"formats"},
-    "nn": {"kernels", "formats"},
+    "nn": {"kernels", "formats", "runtime"},
     "methods": {"formats", "stats", "models", "kernels"},
     "plan": {"formats", "stats"},
     "models": {"nn"},

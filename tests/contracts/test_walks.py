@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,7 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from tiny import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 WALKS = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -44,7 +48,7 @@ def run(copy: Path, code: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(copy), "COLUMNS": "160"}
     environment.pop("PYTEST_ADDOPTS", None)
     found = subprocess.run(
-        [sys.executable, "-c", f"{FROM_THE_COPY}; {code}"],
+        [sys.executable, "-c", f"{FROM_THE_COPY}\n{code}"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -87,7 +91,29 @@ def test_add_a_method(tmp_path: Path) -> None:
     assert "least absolute error" in commands(copy, "methods")
 
 
-@pytest.mark.parametrize("section", ["Add a format", "Add a method"])
+LOGITS = """
+from pathlib import Path
+import numpy as np
+from fewbits.engine.composing import compose
+from fewbits.runtime.reference import ReferenceRunner
+program = compose(Path("{folder}"), lambda weight: weight).program
+tokens, rows = np.arange(5, 25, dtype=np.int32), np.arange(20, dtype=np.int32)
+print(ReferenceRunner(program, 1, 32, "f32", exact=True).forward(tokens, 0 * rows, rows, rows).tolist())
+"""
+
+
+def test_add_a_family(tmp_path: Path) -> None:
+    """Its logits are those of transformers, within what test_families derives for a model of this size."""
+    kinds = ["sliding_attention", "full_attention"]
+    model = save_model(tmp_path / "cwm", "cwm", sliding_window=6, layer_types=kinds, head_dim=8)
+    carry_out("Add a family", tmp_path / "src")
+    found = np.array(json.loads(run(tmp_path / "src", LOGITS.format(folder=tmp_path / "cwm"))))
+    with torch.no_grad():
+        expected = model(torch.arange(5, 25)[None]).logits[0].numpy()
+    assert np.abs(found - expected).max() <= 20 * 64**0.5 * 2.0**-24 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("section", ["Add a format", "Add a method", "Add a family"])
 def test_the_files_of_the_walks_are_clean(section: str, tmp_path: Path) -> None:
     """They pass the project's own checks, as they would once they are in it."""
     (path, text), *_ = blocks(section, "python")

@@ -1,6 +1,6 @@
 """A checkpoint as a program, and the texts that a text engine needs beside it: what is kept in the cache.
 
-Inputs that a checkpoint wants rounded (W8A8) are rounded here as all inputs are: to INT8 by groups of 32 to 128 columns
+Inputs that a checkpoint wants rounded (W8A8) are rounded here as all inputs are: to INT8 by groups of 128 columns
 of each token, at scales of their own, where weights are integers, and not at all where they are floats. That is finer
 than any checkpoint's rounding, which has one scale for a whole row or for all inputs; a line in the log says so.
 """

@@ -30,7 +30,7 @@ def open_runner(
     """A runner of a checkpoint, and what its text side is made of.
 
     slots: sequences kept at a time, each of `context` tokens: None for what the model was made for, at most CONTEXT.
-    kv: type of keys and values: f16, int8 or int4. threads: torch's, where transformers runs the model.
+    kv: type of keys and values: f16, int8 or int4. threads: torch's too, where transformers runs the model.
     cache: whether the repacked weights may be read from a file, and written to one.
     Returns the runner and a dict of config (config.json's values), tokenizer (the text of tokenizer.json),
     tokenizer_config and generation_config.

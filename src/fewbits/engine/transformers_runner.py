@@ -1,7 +1,7 @@
 """A runner over a transformers model: for every architecture that fewbits does not compose itself, and slower.
 
-The weights are packed as everywhere (`load`), but each layer is decoded before it is used, the ops in between are
-torch's, and Python runs between them. Keys and values are transformers' cache, one for each slot, in float32.
+Products with quantized matrices run on the compiled kernels (`tiled_layers`), but the ops in between are torch's, and
+Python runs between them. Keys and values are transformers' cache, one for each slot, in float32.
 
 Going back in a text is cropping its cache. Some architectures keep a state instead, or a window, which cannot be
 cropped: their slots remember the tokens, and are run again from the first one.
@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 from fewbits.engine.float32 import fast_float32
 from fewbits.engine.loading import load
 from fewbits.engine.skeleton import is_causal
+from fewbits.engine.tiled_layers import tile_layers
 from fewbits.errors import UnsupportedError
 from fewbits.runtime.runner import MOST_ROWS
 
@@ -60,7 +61,8 @@ class _Slot:
 class TransformersRunner:
     """A checkpoint as transformers runs it; `reason` says why, in the line that is logged.
 
-    context: None for what the model was made for, at most CONTEXT. threads: torch's, for the whole process.
+    context: None for what the model was made for, at most CONTEXT. threads: of products, and torch's, for the
+    whole process.
     Raises UnsupportedError for what does not predict next tokens, and as `load` does.
     """
 
@@ -74,6 +76,7 @@ class TransformersRunner:
             torch.set_num_threads(threads)
         self._model = load(path)
         _require_text(self._model, path)
+        tile_layers(self._model, threads)
         config = self._model.config.get_text_config()
         self.context = _context(path, context, getattr(config, "max_position_embeddings", None))
         self.vocabulary, self.slots = int(config.vocab_size), slots

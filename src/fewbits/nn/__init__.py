@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from fewbits.nn.modules import PackedWeight, QuantizedEmbedding, QuantizedLinear, can_replace, replace
+from fewbits.nn.tiled import TiledEmbedding, TiledLinear, replace_tiled
 from fewbits.nn.w8a8 import W8A8Linear, replace_w8a8
 
 __all__ = [
     "PackedWeight",
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "TiledEmbedding",
+    "TiledLinear",
     "W8A8Linear",
     "can_replace",
     "replace",
+    "replace_tiled",
     "replace_w8a8",
 ]

@@ -54,6 +54,20 @@ def targets() -> list[str]:
     return [] if core is None else list(core.targets())
 
 
+def core_for(target: str) -> tuple[Any, str]:
+    """The extension module, and the name of the target whose kernels run: "" for the best one.
+
+    Raises UnsupportedError where there are no compiled kernels, or none of that target.
+    """
+    core = compiled()
+    if core is None:
+        raise UnsupportedError("the compiled kernels are not there; use runtime.reference, which needs none")
+    target = target or os.environ.get(TARGET, "")
+    if target and target not in core.targets():
+        raise UnsupportedError(f"target '{target}' is not among this processor's: {', '.join(core.targets())}")
+    return core, target
+
+
 def runner(
     program: Program,
     slots: int,
@@ -92,14 +106,9 @@ class CompiledRunner:
         target: str = "",
         settle: Callable[[], None] | None = None,
     ) -> None:
-        core = compiled()
-        if core is None:
-            raise UnsupportedError("the compiled kernels are not there; use runtime.reference.ReferenceRunner")
+        core, target = core_for(target)
         if kv not in ("f16", "int8", "int4"):
             raise UnsupportedError(f"kv '{kv}' is no type of a key-value cache; choose f16, int8 or int4")
-        target = target or os.environ.get(TARGET, "")
-        if target and target not in core.targets():
-            raise UnsupportedError(f"target '{target}' is not among this processor's: {', '.join(core.targets())}")
         self.vocabulary, self.context, self.slots, self.most_rows = program.vocabulary, context, slots, MOST_ROWS
         self.threads = threads or cores()
         self._cache = core.KeyValues(kv, program.layers, slots, context, program.kv_heads, program.head_dim)

@@ -135,6 +135,37 @@ void multiply(const std::string& target, int threads, const Held& held, Numbers 
   program.run_rows(static_cast<int>(x.shape(0)), before, x.data(), after, out.data());
 }
 
+using Places = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Products that are asked for one by one, of any matrices, by threads that all of them share; one at a time, whoever asks.
+class Products {
+ public:
+  Products(int threads, const std::string& target) : program_(threads, target, none_) {}
+
+  void multiply(const Held& held, Numbers x, std::optional<Vector> bias, Written out) {
+    const Weight& w = held.weight;
+    require(static_cast<std::int64_t>(x.shape(1)) == w.columns && x.shape(0) == out.shape(0) &&
+                static_cast<std::int64_t>(out.shape(1)) == w.rows && (!bias || static_cast<std::int64_t>(bias->size()) == w.rows),
+            "x, weight, bias and out do not fit one another");
+    nb::gil_scoped_release released;
+    const std::lock_guard lock(busy_);
+    program_.multiply(w, static_cast<int>(x.shape(0)), x.data(), bias ? bias->data() : nullptr, out.data());
+  }
+
+  void look_up(const Held& held, Places which, Written out) {
+    require(which.size() == out.shape(0) && static_cast<std::int64_t>(out.shape(1)) == held.weight.columns,
+            "places, weight and out do not fit one another");
+    nb::gil_scoped_release released;
+    const std::lock_guard lock(busy_);
+    program_.look_up(held.weight, static_cast<int>(which.size()), which.data(), out.data());
+  }
+
+ private:
+  KeyValues none_{Kind::f16, 1, 1, 1, 1, 16};
+  Program program_;
+  std::mutex busy_;
+};
+
 using Objects = std::vector<nb::object>;
 
 std::vector<Weight> weights_of(const Objects& handles) {
@@ -371,6 +402,10 @@ NB_MODULE(_runtime, m) {
   bind_weights(m);
   bind_mapping(m);
   bind_program(m);
+  nb::class_<Products>(m, "Products")
+      .def(nb::init<int, const std::string&>(), nb::arg("threads"), nb::arg("target"))
+      .def("multiply", &Products::multiply, nb::arg("weight"), nb::arg("x"), nb::arg("bias").none(), nb::arg("out"))
+      .def("look_up", &Products::look_up, nb::arg("table"), nb::arg("which"), nb::arg("out"));
   m.def("integer_peak", &integer_peak, nb::arg("target"), nb::arg("threads"));
   m.def("read_bandwidth", &read_bandwidth, nb::arg("target"), nb::arg("threads"), nb::arg("bytes"));
   m.def("time_multiply", &time_multiply, nb::arg("target"), nb::arg("threads"), nb::arg("weights"), nb::arg("rows"),

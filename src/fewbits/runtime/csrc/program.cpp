@@ -225,6 +225,33 @@ void Program::linear(LinearOp op) {
                      }});
 }
 
+void Program::multiply(const Weight& w, int rows, const float* x, const float* bias, float* out) {
+  if (rows == 0) return;
+  Inputs in = form(w);
+  prepare(in, 0, rows);
+  const std::int64_t stride = stride_of(static_cast<int>(w.rows)), step = panels_at_a_time(w, rows);
+  float* panels = product_.reserve<float>(static_cast<std::size_t>(rows * stride));
+  pool_.run({{[&] { return static_cast<std::size_t>(tiles(rows)); },
+              [&](std::size_t tile, int) { kernels_.pack(in, x, w.columns, w.columns, static_cast<std::int64_t>(tile)); }},
+             {[&] { return static_cast<std::size_t>((w.panels() + step - 1) / step); },
+              [&](std::size_t chunk, int thread) {
+                const std::int64_t begin = static_cast<std::int64_t>(chunk) * step, end = std::min(begin + step, w.panels());
+                kernels_.multiply(w, in, begin, end, panels, stride, bias, false, scratch(thread));
+                const std::int64_t first = begin * PANEL, count = std::min(end * PANEL, w.rows) - first;
+                for (std::int64_t r = 0; r < rows; ++r)
+                  std::memcpy(out + r * w.rows + first, panels + r * stride + first, static_cast<std::size_t>(count) * sizeof(float));
+              }}});
+}
+
+void Program::look_up(const Weight& w, int count, const std::int64_t* which, float* out) {
+  for (int r = 0; r < count; ++r)
+    if (which[r] < 0 || which[r] >= w.rows)
+      throw std::invalid_argument("row " + std::to_string(which[r]) + " is not one of 0 … " + std::to_string(w.rows - 1));
+  pool_.run({{[=] { return static_cast<std::size_t>(count); }, [&](std::size_t r, int thread) {
+                kernels_.embed(w, which[r], 1.0f, out + static_cast<std::int64_t>(r) * w.columns, scratch(thread));
+              }}});
+}
+
 // ---- attention ----
 
 std::size_t Program::table(const AttendOp& op) {

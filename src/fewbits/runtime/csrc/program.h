@@ -98,6 +98,12 @@ class Program {
   // Runs the ops on rows that are given, without tokens: for the tests of one op.
   void run_rows(int rows, Buffer x, const float* given, Buffer y, float* out);
 
+  // x [rows, columns] · wᵀ + bias (null: none), out [rows, w.rows], at once: for layers that are called one by one.
+  void multiply(const Weight& w, int rows, const float* x, const float* bias, float* out);
+
+  // Rows `which` of a table, out [count, w.columns], at once.
+  void look_up(const Weight& w, int count, const std::int64_t* which, float* out);
+
   // The same once more, on what the buffers hold now: for timing.
   void run_again() { pool_.run(phases_); }
 
@@ -161,6 +167,7 @@ class Program {
     Aligned cosines, sines;
   };
   std::vector<std::unique_ptr<Angles>> angles_;
+  Aligned product_;  // of `multiply`, in whole panels
   Step step_;
   std::int64_t vocabulary_ = 0;
 };
