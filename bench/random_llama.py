@@ -4,7 +4,8 @@ The folder is what transformers would save: FP16 safetensors, one shard a block,
 vocabulary is filled up with made-up merges. Weights are normal with the usual spread of a trained model (0.02), so that
 rounding them costs what it costs on real ones. One block is in memory at a time.
 
-    python bench/random_llama.py OUT [--hidden 2048 --layers 16 --ffn 8192 --vocabulary 128256]
+    python bench/random_llama.py OUT [--hidden 2048 --layers 16 --ffn 8192 --vocabulary 128256]         # Llama-3.2-1B
+    python bench/random_llama.py OUT --layers 22 --ffn 5632 --vocabulary 32000 --kv-heads 4 --untied    # TinyLlama-1.1B
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def config(args: argparse.Namespace) -> dict[str, Any]:
         "intermediate_size": args.ffn,
         "num_hidden_layers": args.layers,
         "num_attention_heads": args.hidden // HEAD,
-        "num_key_value_heads": max(1, args.hidden // HEAD // 4),
+        "num_key_value_heads": args.kv_heads or max(1, args.hidden // HEAD // 4),
         "head_dim": HEAD,
         "vocab_size": args.vocabulary,
         "max_position_embeddings": 8192,
@@ -42,7 +43,7 @@ def config(args: argparse.Namespace) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": not args.untied,
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
@@ -59,7 +60,8 @@ def shards(args: argparse.Namespace) -> Iterator[dict[str, Tensor]]:
         return torch.ones(args.hidden, dtype=torch.float16)
 
     key_value = config(args)["num_key_value_heads"] * HEAD
-    yield {"model.embed_tokens.weight": matrix(args.vocabulary, args.hidden), "model.norm.weight": norm()}
+    outside = {"model.embed_tokens.weight": matrix(args.vocabulary, args.hidden), "model.norm.weight": norm()}
+    yield outside | ({"lm_head.weight": matrix(args.vocabulary, args.hidden)} if args.untied else {})
     for layer in range(args.layers):
         block = {
             "input_layernorm": norm(),
@@ -114,6 +116,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--ffn", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--kv-heads", type=int, help="heads of keys and values, of 64 numbers (default: a quarter)")
+    parser.add_argument("--untied", action="store_true", help="an output projection of its own")
     write(parser.parse_args())
 
 

@@ -16,6 +16,7 @@ is as long as makes the most expected tokens a second; there is none where none 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -118,4 +119,4 @@ class Pace:
     def _gain(self, length: int, rate: float) -> float:
         """Expected tokens of a run with a draft, over those of the same time without."""
         tokens = 1 + sum(rate**i for i in range(1, length + 1))
-        return tokens * float(np.median(self._seconds[1]) / np.median(self._seconds[length + 1]))
+        return tokens * median(self._seconds[1]) / median(self._seconds[length + 1])
