@@ -20,7 +20,7 @@ constexpr float LARGEST_X = 3.0f;
 // What a target's kernels read of inputs, and the memory for it.
 struct Packed {
   Packed(const Kernels& kernels, const Weight& w, const std::vector<float>& x, int rows) {
-    in.rows = rows, in.padded = w.padded();
+    in.rows = rows, in.height = tile_height(rows, kernels.tile), in.padded = w.padded();
     if (w.bits) {
       in.segment = w.segment();
       in.segments = (in.padded + in.segment - 1) / in.segment;
@@ -32,7 +32,7 @@ struct Packed {
     start.resize(static_cast<std::size_t>(rows * in.segments));
     total.resize(start.size());
     in.codes = codes.data(), in.scale = scale.data(), in.start = start.data(), in.total = total.data();
-    for (int tile = 0; tile * kernels.tile < rows; ++tile) kernels.pack(in, x.data(), w.columns, w.columns, tile);
+    for (int tile = 0; tile * in.height < rows; ++tile) kernels.pack(in, x.data(), w.columns, w.columns, tile);
   }
 
   Inputs in;

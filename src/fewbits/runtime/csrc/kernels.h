@@ -12,7 +12,7 @@ namespace fewbits::runtime {
 
 struct Kernels {
   const char* name;
-  int tile;                  // rows of inputs that are multiplied together
+  int tile;                  // rows of inputs that are multiplied together, at most
   bool shifted;              // whether wide codes are signed bytes, and their zero 128 lower
   std::size_t scratch_size;  // bytes of a thread's Scratch
   void (*pack)(const Inputs&, const float* x, std::int64_t columns, std::int64_t stride, std::int64_t tile);

@@ -127,59 +127,70 @@ inline Float number(Number kind, const void* values, std::int64_t at) {
   }
 }
 
-// Which groups some segments of a slab lie in: one each, or several in one.
-struct Groups {
-  std::int64_t first;  // of the whole matrix's, panel after panel
-  int each;            // segments in a group
-  int into;            // segments of the first group that lie before
+// Where segments come in the params of a panel, counted on without a division.
+struct Cursor {
+  int each, into = 0;   // segments of a group
+  int per, within = 0;  // groups under a factor
+  std::int64_t group = 0, factor = 0;
+
+  void next() {
+    if (++into < each) return;
+    into = 0, ++group;
+    if (++within == per) within = 0, ++factor;
+  }
 };
 
-inline Groups groups_of(const Weight& w, std::int64_t panel, std::int64_t column, int length) {
-  const std::int64_t each = (w.group + length - 1) / length, segment = column / length;
-  return {panel * w.groups() + segment / each, static_cast<int>(each), static_cast<int>(segment % each)};
+// At the segment that begins at a column.
+inline Cursor cursor(const Weight& w, const Params& p, std::int64_t column) {
+  Cursor c{};
+  c.each = static_cast<int>((w.group + w.segment() - 1) / w.segment());
+  c.per = p.per;
+  const std::int64_t segment = column / w.segment();
+  c.group = segment / c.each, c.into = static_cast<int>(segment % c.each);
+  c.factor = c.group / c.per, c.within = static_cast<int>(c.group % c.per);
+  return c;
 }
 
-// Calls put(group, at) for each segment, `at` counting floats of the destination.
+// Calls put(group, factor, at) for each segment of a panel: numbers before the group's, before its factor's, and floats
+// of the destination.
 template <typename Put>
-inline void each_segment(const Groups& g, int segments, int stride, Put&& put) {
-  std::int64_t group = g.first;
-  for (int i = 0, into = g.into; i < segments; ++i) {
-    for (int row = 0; row < PANEL; row += LANES) put(group * PANEL + row, i * stride + row);
-    if (++into == g.each) ++group, into = 0;
-  }
+inline void each_segment(const Weight& w, const Params& p, std::int64_t panel, std::int64_t column, int segments,
+                         int stride, Put&& put) {
+  const std::int64_t groups = w.groups(), factors = (groups + p.per - 1) / p.per;
+  Cursor c = cursor(w, p, column);
+  for (int i = 0; i < segments; ++i, c.next())
+    for (int row = 0; row < PANEL; row += LANES)
+      put((panel * groups + c.group) * PANEL + row, (panel * factors + c.factor) * PANEL + row, i * stride + row);
 }
 
 // Params of one panel's segments as floats, `stride` floats apart. `scale`: what zero-points are multiplied by.
 void decode_params(const Weight& w, const Params& p, std::int64_t panel, std::int64_t column, int segments, int stride,
                    const float* scale, float* out) {
-  const Groups g = groups_of(w, panel, column, w.segment());
+  const auto each = [&](auto&& put) { each_segment(w, p, panel, column, segments, stride, put); };
   switch (p.kind) {
     case Params::Kind::numbers:
       switch (p.number) {
         case Number::f32:
-          return each_segment(g, segments, stride, [&](auto from, int to) {
+          return each([&](auto from, auto, int to) {
             store(out + to, load(static_cast<const float*>(p.values) + from));
           });
         case Number::f16:
-          return each_segment(g, segments, stride, [&](auto from, int to) {
+          return each([&](auto from, auto, int to) {
             store(out + to, from_half(static_cast<const std::uint16_t*>(p.values) + from));
           });
         case Number::bf16:
-          return each_segment(g, segments, stride, [&](auto from, int to) {
+          return each([&](auto from, auto, int to) {
             store(out + to, from_brain(static_cast<const std::uint16_t*>(p.values) + from));
           });
       }
       return;
-    case Params::Kind::steps: {
-      const std::int64_t groups = w.groups(), spans = (groups + p.per - 1) / p.per, before = panel * groups;
-      return each_segment(g, segments, stride, [&](auto from, int to) {
-        const std::int64_t span = (from / PANEL - before) / p.per;
-        const auto* factor = p.factor + (panel * spans + span) * PANEL + from % PANEL;
-        store(out + to, multiply(from_half(factor), from_signed(static_cast<const std::int8_t*>(p.values) + from)));
+    case Params::Kind::steps:
+      return each([&](auto from, auto factor, int to) {
+        const Float step = from_signed(static_cast<const std::int8_t*>(p.values) + from);
+        store(out + to, multiply(from_half(p.factor + factor), step));
       });
-    }
     case Params::Kind::zeros:
-      return each_segment(g, segments, stride, [&](auto from, int to) {
+      return each([&](auto from, auto, int to) {
         const Float zero = from_unsigned(static_cast<const std::uint8_t*>(p.values) + from);
         store(out + to, multiply(multiply(all(-1.0f), zero), load(scale + to)));
       });
@@ -216,7 +227,7 @@ inline std::int64_t place(const Inputs& in, std::int64_t before, std::int64_t co
 void quantize_row(const Inputs& in, const float* x, std::int64_t columns, std::int64_t tile, int rows, int m) {
   alignas(64) float filled[LONGEST];
   alignas(64) std::int8_t codes[LONGEST];
-  const std::int64_t before = tile * TILE;
+  const std::int64_t before = tile * in.height;
   auto* codes_out = static_cast<std::int8_t*>(in.codes);
   float* scales = in.scale + before * in.groups + m;
   std::int32_t* start = in.start + before * in.segments + m;
@@ -243,19 +254,19 @@ void quantize_row(const Inputs& in, const float* x, std::int64_t columns, std::i
 }
 
 void copy_row(const Inputs& in, const float* x, std::int64_t columns, std::int64_t tile, int rows, int m) {
-  float* out = static_cast<float*>(in.codes) + tile * TILE * in.padded + m;
+  float* out = static_cast<float*>(in.codes) + tile * in.height * in.padded + m;
   for (std::int64_t k = 0; k < in.padded; ++k) out[k * rows] = k < columns ? x[k] : 0.0f;
 }
 
 inline int rows_of(const Inputs& in, std::int64_t tile) {
-  return static_cast<int>(in.rows - tile * TILE < TILE ? in.rows - tile * TILE : TILE);
+  return static_cast<int>(in.rows - tile * in.height < in.height ? in.rows - tile * in.height : in.height);
 }
 
 // x [rows, columns], rows `stride` apart: one tile of them made ready.
 void pack(const Inputs& in, const float* x, std::int64_t columns, std::int64_t stride, std::int64_t tile) {
   const int rows = rows_of(in, tile);
   for (int m = 0; m < rows; ++m) {
-    const float* row = x + (tile * TILE + m) * stride;
+    const float* row = x + (tile * in.height + m) * stride;
     in.segment ? quantize_row(in, row, columns, tile, rows, m) : copy_row(in, row, columns, tile, rows, m);
   }
 }
@@ -459,26 +470,6 @@ Slab open_slab(const Weight& w, std::int64_t panel, int count, std::int64_t colu
 // One row is multiplied as fast as the weight comes from memory, so it goes straight from there into registers: decoded
 // block by block, multiplied, dropped. Fetching is spread over the arithmetic evenly, which a slab in two passes is not.
 
-// Where segments come in the params of a panel, counted on without a division.
-struct Cursor {
-  int each, into = 0;  // segments of a group
-  int per, within = 0;  // groups under a factor
-  std::int64_t group = 0, factor = 0;
-
-  void next() {
-    if (++into < each) return;
-    into = 0, ++group;
-    if (++within == per) within = 0, ++factor;
-  }
-};
-
-inline Cursor cursor(const Weight& w, const Params& p) {
-  Cursor c{};
-  c.each = static_cast<int>((w.group + w.segment() - 1) / w.segment());
-  c.per = p.per;
-  return c;
-}
-
 // LANES params from a row of a panel on. `scale`: what zero-points are multiplied by.
 inline Float param(const Weight& w, const Params& p, const Cursor& c, std::int64_t panel, int row, Float scale) {
   const std::int64_t at = (panel * w.groups() + c.group) * PANEL + row;
@@ -510,7 +501,7 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
         inner[p][v][m] = all(0.0f);
         dots[p][v][m] = all(in.start[m]);
       }
-  Cursor scales = cursor(w, w.scale), shifts = cursor(w, w.offset);
+  Cursor scales = cursor(w, w.scale, 0), shifts = cursor(w, w.offset, 0);
   const auto* x = static_cast<const std::int8_t*>(in.codes);
   int segment = 0, columns = 0;  // of the segment that is open
   for (std::int64_t b = 0; b < blocks; ++b, x += BLOCK * M) {
@@ -626,7 +617,7 @@ void multiply(const Weight& w, const Inputs& in, std::int64_t begin, std::int64_
       out[m * stride + n] = bias[n] + (accumulate ? out[m * stride + n] : 0.0f);
   const bool adds = accumulate || bias;
   if (w.bits && in.rows <= STREAMED) return stream_all(w, in, begin, end, adds, out, stride);
-  const std::int64_t tiles = (in.rows + TILE - 1) / TILE, width = w.bits ? SLAB : FLOAT_SLAB;
+  const std::int64_t tiles = (in.rows + in.height - 1) / in.height, width = w.bits ? SLAB : FLOAT_SLAB;
   const int together = in.rows <= 2 ? FEW : FULL;
   // Several tiles: all panels of a slab before the next, so that its inputs stay in the second-level cache.
   const std::int64_t span = tiles > 1 ? end - begin : together;
@@ -639,7 +630,7 @@ void multiply(const Weight& w, const Inputs& in, std::int64_t begin, std::int64_
         s.adds = adds || column > 0;
         for (std::int64_t t = 0; t < tiles; ++t) {
           const int rows = rows_of(in, t);
-          tile_for(w, count, rows)(s, in, t * TILE, out + t * TILE * stride + panel * PANEL, stride);
+          tile_for(w, count, rows)(s, in, t * in.height, out + t * in.height * stride + panel * PANEL, stride);
         }
         panel += count;
       }

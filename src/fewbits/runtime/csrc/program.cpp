@@ -149,6 +149,7 @@ void Program::prepare(Inputs& in, int set, std::int64_t rows) {
   while (static_cast<int>(sets_.size()) <= set) sets_.push_back(std::make_unique<Packed>());
   Packed& packed = *sets_[static_cast<std::size_t>(set)];
   in.rows = rows;
+  in.height = height(rows);
   in.codes = packed.codes.reserve<char>(static_cast<std::size_t>(rows * in.padded * (in.segment ? 1 : 4)));
   in.scale = packed.scale.reserve<float>(static_cast<std::size_t>(rows * in.groups));
   in.start = packed.start.reserve<std::int32_t>(static_cast<std::size_t>(rows * in.segments));
@@ -197,8 +198,8 @@ void Program::linear(LinearOp op) {
                        return static_cast<std::size_t>(tiles(rows));
                      },
                      [this, state, works = take_waiting(selected)](std::size_t tile, int) {
-                       const int begin = static_cast<int>(tile) * kernels_.tile;
-                       const int end = std::min(begin + kernels_.tile, count(state->selected));
+                       const int rows = count(state->selected), high = static_cast<int>(height(rows));
+                       const int begin = static_cast<int>(tile) * high, end = std::min(begin + high, rows);
                        for (int r = begin; r < end; ++r)
                          for (const auto& work : works) work(r);
                        const Rows& x = *buffers_.at(state->op.x);
@@ -347,7 +348,7 @@ void Program::attend_part(const Attention& a, const Part& part, int kv_head, int
 // Which rows each expert is given. Entries (a row and one of its experts) lie by expert, rows of one in order.
 struct Program::Routing {
   ExpertsOp op;
-  int width, ffn;
+  int width, ffn, most;  // most: rows of a tile
   Inputs into, out_of;  // inputs of gate and up, and of down
   std::vector<int> first;  // of each expert's entries; one more at the end
   std::vector<int> rows;   // of each entry
@@ -401,6 +402,7 @@ struct Program::Routing {
     const std::int64_t before = first[expert];
     Inputs in = all;
     in.rows = entries_of(expert);
+    in.height = tile_height(in.rows, most);
     in.codes = static_cast<char*>(all.codes) + before * all.padded * (all.segment ? 1 : 4);
     in.scale += before * all.groups;
     in.start += before * all.segments;
@@ -421,6 +423,7 @@ void Program::experts(ExpertsOp op) {
   const auto r = std::make_shared<Routing>();
   r->width = buffers_.at(op.out)->width;
   r->ffn = static_cast<int>(op.gate.at(0).rows);
+  r->most = kernels_.tile;
   r->into = form(op.gate.at(0));
   r->out_of = form(op.down.at(0));
   for (std::size_t e = 0; e < op.gate.size(); ++e)
@@ -460,8 +463,9 @@ void Program::experts(ExpertsOp op) {
                      }});
   phases_.push_back({by_tile, [this, r, entry](std::size_t chunk, int) {
                        const auto [e, tile, _] = r->tiles[chunk];
-                       const int begin = r->first[e] + static_cast<int>(tile) * kernels_.tile;
-                       const int end = std::min(begin + kernels_.tile, r->first[e + 1]), stride = r->stride(r->width);
+                       const int high = static_cast<int>(height(r->entries_of(e)));
+                       const int begin = r->first[e] + static_cast<int>(tile) * high;
+                       const int end = std::min(begin + high, r->first[e + 1]), stride = r->stride(r->width);
                        for (int at = begin; at < end; ++at)
                          std::memcpy(entry(r->gathered, at, stride), row(r->op.x, r->rows[at]), sizeof(float) * r->width);
                        kernels_.pack(r->of(r->into, e), entry(r->gathered, r->first[e], stride), r->width, stride, tile);
@@ -477,8 +481,9 @@ void Program::experts(ExpertsOp op) {
                      }});
   phases_.push_back({by_tile, [this, r, entry](std::size_t chunk, int) {
                        const auto [e, tile, _] = r->tiles[chunk];
-                       const int begin = r->first[e] + static_cast<int>(tile) * kernels_.tile;
-                       const int end = std::min(begin + kernels_.tile, r->first[e + 1]), stride = r->stride(r->ffn);
+                       const int high = static_cast<int>(height(r->entries_of(e)));
+                       const int begin = r->first[e] + static_cast<int>(tile) * high;
+                       const int end = std::min(begin + high, r->first[e + 1]), stride = r->stride(r->ffn);
                        for (int at = begin; at < end; ++at) {
                          float* gate = entry(r->gates, at, stride);
                          kernels_.ops->gate(gate, entry(r->ups, at, stride), r->ffn, r->op.activation, gate);
