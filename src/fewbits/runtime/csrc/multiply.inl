@@ -23,6 +23,7 @@ namespace {
 constexpr int SLAB = 512;       // columns decoded at a time: 8 KB a panel
 constexpr int FLOAT_SLAB = 64;  // the same for floating-point numbers: 4 KB a panel
 constexpr int MOST_PANELS = 4;
+constexpr int LINE = 64;     // bytes of a cache's line
 constexpr int AHEAD = 2048;  // bytes: what is fetched while codes are decoded
 constexpr int MOST_SEGMENTS = SLAB / PANEL;
 
@@ -277,6 +278,8 @@ struct Slab {
   const std::uint8_t* codes[MOST_PANELS];  // or floats
   const float* scale;
   const float* offset;  // null where there is none
+  const std::uint8_t* next[MOST_PANELS];  // what is decoded after this one
+  int next_bytes;                         // for each step of this one, to be fetched by the first tile; 0: nothing
   int steps, segment_steps;
   std::int64_t column, first_segment, first_group;  // first_group: of the inputs
   bool adds;  // to what stands in out
@@ -303,6 +306,14 @@ struct Sums {
 
 constexpr int UNROLLED = 4;  // steps, so that the loop over a segment's is too short for its end to be mispredicted
 
+// Fetches a part of the next slab while steps of this one are multiplied, so that memory is never idle.
+template <int P>
+inline void fetch(const Slab& s, int step, int end) {
+  for (int at = s.next_bytes * step / LINE * LINE; at < s.next_bytes * end; at += LINE)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) __builtin_prefetch(s.next[p] + at);
+}
+
 // Sums in units of the inputs' scale fill registers beside the segment's integers; whole sums wait in out.
 template <int P, int M, bool WIDE>
 void integer_tile(const Slab& s, const Inputs& in, std::int64_t before, float* out, std::int64_t stride) {
@@ -322,6 +333,7 @@ void integer_tile(const Slab& s, const Inputs& in, std::int64_t before, float* o
       for (int r = 0; r < R; ++r) sums[m][r] = all(0.0f);
     while (step < group_end) {
       const int end = step + s.segment_steps < group_end ? step + s.segment_steps : group_end;
+      fetch<P>(s, step, end);
       Int dots[M][R];
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
@@ -411,6 +423,8 @@ Tile tile_for(const Weight& w, int rows) {
   }
 }
 
+constexpr int FEW_TILES = 4;
+
 // Panels that fill the registers: few rows leave room for more.
 constexpr int FULL = LANES == 16 ? 2 : 1;  // beside TILE rows
 constexpr int FEW = LANES == 16 ? 4 : LANES == 8 ? 2 : 1;  // beside one or two
@@ -470,15 +484,15 @@ Slab open_slab(const Weight& w, std::int64_t panel, int count, std::int64_t colu
 // One row is multiplied as fast as the weight comes from memory, so it goes straight from there into registers: decoded
 // block by block, multiplied, dropped. Fetching is spread over the arithmetic evenly, which a slab in two passes is not.
 
-// LANES params from a row of a panel on. `scale`: what zero-points are multiplied by.
-inline Float param(const Weight& w, const Params& p, const Cursor& c, std::int64_t panel, int row, Float scale) {
-  const std::int64_t at = (panel * w.groups() + c.group) * PANEL + row;
+// LANES params of a panel from a row on. groups, factors: of a panel; `scale`: what zero-points are multiplied by.
+inline Float param(const Params& p, const Cursor& c, std::int64_t groups, std::int64_t factors, std::int64_t panel, int row,
+                   Float scale) {
+  const std::int64_t at = (panel * groups + c.group) * PANEL + row;
   if (p.kind == Params::Kind::numbers) return number(p.number, p.values, at);
   if (p.kind == Params::Kind::zeros)
     return multiply(multiply(all(-1.0f), from_unsigned(static_cast<const std::uint8_t*>(p.values) + at)), scale);
-  const std::int64_t factors = (w.groups() + p.per - 1) / p.per;
-  const auto* factor = p.factor + (panel * factors + c.factor) * PANEL + row;
-  return multiply(from_half(factor), from_signed(static_cast<const std::int8_t*>(p.values) + at));
+  return multiply(from_half(p.factor + (panel * factors + c.factor) * PANEL + row),
+                  from_signed(static_cast<const std::int8_t*>(p.values) + at));
 }
 
 template <int BITS, int P, int M, bool WIDE>
@@ -486,7 +500,9 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
   const bool offsets = w.offset.kind != Params::Kind::none, finishes = w.table || (SHIFTED && WIDE);
   const Bytes table = w.table ? load_table(w.table) : all_bytes(0);
   const int length = w.segment();
-  const std::int64_t blocks = w.blocks();
+  const std::int64_t blocks = w.blocks(), groups = w.groups();
+  const std::int64_t scale_factors = (groups + w.scale.per - 1) / w.scale.per;
+  const std::int64_t offset_factors = (groups + w.offset.per - 1) / w.offset.per;
   const std::uint8_t* codes[P];
   Float sums[P][VECTORS][M], inner[P][VECTORS][M];
   Int dots[P][VECTORS][M];
@@ -534,14 +550,14 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
       for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
-          const Float scale = param(w, w.scale, scales, panel + p, v * LANES, all(1.0f));
+          const Float scale = param(w.scale, scales, groups, scale_factors, panel + p, v * LANES, all(1.0f));
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
             inner[p][v][m] = multiply_add(to_float(dots[p][v][m]), scale, inner[p][v][m]);
             dots[p][v][m] = all(start[m]);
           }
           if (!offsets) continue;
-          const Float offset = param(w, w.offset, shifts, panel + p, v * LANES, scale);
+          const Float offset = param(w.offset, shifts, groups, offset_factors, panel + p, v * LANES, scale);
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) inner[p][v][m] = multiply_add(offset, all(total[m]), inner[p][v][m]);
         }
@@ -608,6 +624,15 @@ void stream_all(const Weight& w, const Inputs& in, std::int64_t begin, std::int6
   }
 }
 
+// What is read when the slab at a column is done: the panels' next one, or the first of the panels behind them.
+void look_ahead(const Weight& w, std::int64_t panel, int count, std::int64_t column, Slab& s) {
+  const std::int64_t next = column + SLAB;
+  const bool more = next < w.padded();
+  s.next_bytes = w.bits * STEP_BYTES / STEPS;
+  for (int p = 0; p < count; ++p)
+    s.next[p] = more ? codes_at(w, panel + p, next / BLOCK) : codes_at(w, panel + count + p, 0);
+}
+
 // out[m, n] (+)= Σ_k x[m, k] · w[n, k] (+ bias[n]) for the rows of panels begin to end. out has `stride` numbers a row,
 // whole panels. Where it accumulates, out holds what is added to; a bias is added there too.
 void multiply(const Weight& w, const Inputs& in, std::int64_t begin, std::int64_t end, float* out, std::int64_t stride,
@@ -619,8 +644,10 @@ void multiply(const Weight& w, const Inputs& in, std::int64_t begin, std::int64_
   if (w.bits && in.rows <= STREAMED) return stream_all(w, in, begin, end, adds, out, stride);
   const std::int64_t tiles = (in.rows + in.height - 1) / in.height, width = w.bits ? SLAB : FLOAT_SLAB;
   const int together = in.rows <= 2 ? FEW : FULL;
-  // Several tiles: all panels of a slab before the next, so that its inputs stay in the second-level cache.
-  const std::int64_t span = tiles > 1 ? end - begin : together;
+  // Many tiles: all panels of a slab before the next, so that its inputs stay in the second-level cache. Few tiles are
+  // there anyway, and the weight is read as it lies.
+  const bool few = tiles <= FEW_TILES;
+  const std::int64_t span = few ? together : end - begin;
   for (std::int64_t first = begin; first < end; first += span)
     for (std::int64_t column = 0; column < w.padded(); column += width)
       for (std::int64_t panel = first; panel < first + span && panel < end;) {
@@ -628,7 +655,8 @@ void multiply(const Weight& w, const Inputs& in, std::int64_t begin, std::int64_
         if (count == 3) count = 2;
         Slab s = open_slab(w, panel, count, column, scratch);
         s.adds = adds || column > 0;
-        for (std::int64_t t = 0; t < tiles; ++t) {
+        if (few && w.bits) look_ahead(w, panel, count, column, s);
+        for (std::int64_t t = 0; t < tiles; ++t, s.next_bytes = 0) {
           const int rows = rows_of(in, t);
           tile_for(w, count, rows)(s, in, t * in.height, out + t * in.height * stride + panel * PANEL, stride);
         }
