@@ -497,8 +497,9 @@ inline Float param(const Params& p, const Cursor& c, std::int64_t groups, std::i
 
 template <int BITS, int P, int M, bool WIDE>
 void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, float* out, std::int64_t stride) {
-  const bool offsets = w.offset.kind != Params::Kind::none, finishes = w.table || (SHIFTED && WIDE);
-  const Bytes table = w.table ? load_table(w.table) : all_bytes(0);
+  constexpr bool lookup = WIDE && BITS < 8, finishes = lookup || (SHIFTED && WIDE);
+  const bool offsets = w.offset.kind != Params::Kind::none;
+  const Bytes table = lookup ? load_table(w.table) : all_bytes(0);
   const int length = w.segment();
   const std::int64_t blocks = w.blocks(), groups = w.groups();
   const std::int64_t scale_factors = (groups + w.scale.per - 1) / w.scale.per;
@@ -535,7 +536,7 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
           for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) {
-              const Bytes w4 = finishes ? finish(block[p][step][v], w.table, table) : block[p][step][v];
+              const Bytes w4 = finishes ? finish(block[p][step][v], lookup, table) : block[p][step][v];
               dots[p][v][m] = WIDE ? dot_wide(dots[p][v][m], w4, inputs) : dot(dots[p][v][m], w4, inputs);
             }
         }
