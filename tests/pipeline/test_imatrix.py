@@ -45,7 +45,8 @@ def gguf_name(module: str, *, tied: bool) -> str:
 
 def hooked(folder: Path, ids: Tensor, *, tied: bool) -> dict[str, Tensor]:
     """Mean x² of what every linear layer of transformers' model reads, in float64."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    # eager: transformers' default attention leaves Gemma 2's bound on scores out
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     found: dict[str, Tensor] = {}
 
     def seen(name: str) -> Any:

@@ -282,7 +282,7 @@ import fewbits.checkpoint._writer as writer
 plain = os.pwrite
 def slow(*args):
     print("writing", flush=True)
-    time.sleep(0.05)
+    time.sleep(0.5)  # the machine may be busy: the signal has to come before the last write
     return plain(*args)
 os.pwrite = slow
 import fewbits
