@@ -277,7 +277,8 @@ class TestBadInput:
 
 
 KILLED = """
-import sys, time, os
+import signal, sys, time, os
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in a shell's background ignore
 import fewbits.checkpoint._writer as writer
 plain = os.pwrite
 def slow(*args):

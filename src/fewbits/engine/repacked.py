@@ -100,8 +100,10 @@ def _open(place: Path) -> tuple[dict[str, Any], Mapping]:
     with place.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         magic, offset, length, total, expected = PREAMBLE.unpack(file.read(PREAMBLE.size))
-        if magic != MAGIC or total != size or offset + length != size:
-            raise CheckpointError(f"it has {size} bytes and says {total}, or is no cache of this version")
+        if magic != MAGIC:
+            raise CheckpointError("it is no cache of this version of fewbits")
+        if total != size or offset + length != size:
+            raise CheckpointError(f"it has {size} bytes and says {total}")
     mapped = Mapping(place)
     text = mapped.bytes[offset : offset + length].tobytes()
     if hashlib.sha256(text).digest() != expected:
