@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -36,7 +38,8 @@ def test_moving_changes_no_byte(tmp_path: Path, size: int) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    mapped._move()
+    mapped.move()
+    mapped.wait()
     done.set()
     reader.join()
     assert not wrong
@@ -52,9 +55,25 @@ def test_huge_pages_are_used_where_the_system_has_them(tmp_path: Path) -> None:
         pytest.skip("this system has no huge pages")
     written(tmp_path / "file", 3 * HUGE_PAGE + 5)
     mapped = Mapping(tmp_path / "file")
-    mapped._move()
+    mapped.move()
+    mapped.wait()
     assert mapped.moved == 3 * HUGE_PAGE
     assert mapped.bytes.flags.writeable is False
+
+
+ENDED = """
+import sys
+from pathlib import Path
+from fewbits.runtime.mapping import Mapping
+mapped = Mapping(Path(sys.argv[1]))
+mapped.move()
+"""
+
+
+def test_a_program_may_end_while_it_moves(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(150 * HUGE_PAGE)  # sparse: a tenth of a second to copy, longer than a program takes to end
+    subprocess.run([sys.executable, "-c", ENDED, str(tmp_path / "file")], check=True, timeout=60)
 
 
 def test_views_outlive_the_mapping(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewbits.runtime.compiled import compiled
-
-log = logging.getLogger(__name__)
 
 
 class Mapping:
@@ -31,9 +27,9 @@ class Mapping:
     def move(self) -> None:
         """Move as much as there is memory for into huge pages: about two seconds a gigabyte, on another thread."""
         if self._mapped is not None:
-            threading.Thread(target=self._move, name="fewbits-huge-pages", daemon=True).start()
+            self._mapped.move()
 
-    def _move(self) -> None:
-        while self._mapped.move_on():
-            pass
-        log.debug("%d of %d bytes moved into huge pages", self.moved, len(self.bytes))
+    def wait(self) -> None:
+        """Wait until nothing is being moved."""
+        if self._mapped is not None:
+            self._mapped.wait()

@@ -36,45 +36,72 @@ std::uint8_t* aligned(void* p) {
 }  // namespace
 
 Mapping::Mapping(const std::string& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (file < 0) fail(path);
+  file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file_ < 0) fail(path);
   struct stat facts {};
-  if (fstat(file, &facts) == 0) size_ = static_cast<std::size_t>(facts.st_size);
+  if (fstat(file_, &facts) == 0) size_ = static_cast<std::size_t>(facts.st_size);
   reserved_ = size_ + HUGE_PAGE;
   reservation_ = mmap(nullptr, reserved_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  void* mapped = MAP_FAILED;
-  if (reservation_ != MAP_FAILED && size_)
-    mapped = mmap(aligned(reservation_), size_, PROT_READ, MAP_SHARED | MAP_FIXED, file, 0);
+  data_ = aligned(reservation_);
+  errno = size_ ? errno : EINVAL;
+  if (size_ && reservation_ != MAP_FAILED && map_file(0, size_)) return;
   const int problem = errno;
-  close(file);
-  if (mapped == MAP_FAILED) {
-    if (reservation_ != MAP_FAILED) munmap(reservation_, reserved_);
-    errno = size_ ? problem : EINVAL;
-    fail(path);
-  }
-  data_ = static_cast<std::uint8_t*>(mapped);
+  if (reservation_ != MAP_FAILED) munmap(reservation_, reserved_);
+  close(file_);
+  errno = problem;
+  fail(path);
 }
 
-Mapping::~Mapping() { munmap(reservation_, reserved_); }
+Mapping::~Mapping() {
+  stop_ = true;
+  wait();
+  munmap(reservation_, reserved_);
+  close(file_);
+}
 
+void Mapping::move() {
+  if (mover_.joinable()) return;
+  mover_ = std::thread([this] {
+    while (!stop_ && move_on()) {
+    }
+  });
+}
+
+void Mapping::wait() {
+  if (mover_.joinable()) mover_.join();
+}
+
+bool Mapping::map_file(std::size_t from, std::size_t bytes) {
+  return mmap(data_ + from, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, file_, static_cast<off_t>(from)) != MAP_FAILED;
+}
+
+// The next piece. False where nothing is left, the system has no huge pages, or memory is short: the file's own pages can
+// be dropped and read again at any time, these cannot.
 bool Mapping::move_on() {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const std::size_t piece = std::min(PIECE, size_ / HUGE_PAGE * HUGE_PAGE - moved_);
   if (piece == 0 || available() < size_ - moved_ + SPARE) return false;
   void* room = mmap(nullptr, piece + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (room == MAP_FAILED) return false;
-  std::uint8_t* copy = aligned(room);
-  std::uint8_t* target = data_ + moved_;
-  bool done = madvise(copy, piece, MADV_HUGEPAGE) == 0;
-  if (done) {
-    std::memcpy(copy, target, piece);
-    done = mprotect(copy, piece, PROT_READ) == 0 &&
-           mremap(copy, piece, piece, MREMAP_MAYMOVE | MREMAP_FIXED, target) == target;
+  auto* begin = static_cast<std::uint8_t*>(room);
+  std::uint8_t *copy = aligned(room), *target = data_ + moved_;
+  if (madvise(copy, piece, MADV_HUGEPAGE) != 0) {
+    munmap(room, piece + HUGE_PAGE);
+    return false;
   }
-  // What was moved away is unmapped already; unmapping it again does nothing.
-  munmap(room, piece + HUGE_PAGE);
-  if (done) moved_ += piece;
-  return done;
+  std::memcpy(copy, target, piece);
+  const bool moved = mprotect(copy, piece, PROT_READ) == 0 &&
+                     mremap(copy, piece, piece, MREMAP_MAYMOVE | MREMAP_FIXED, target) == target;
+  if (moved) {
+    moved_ += piece;
+  } else {
+    map_file(moved_, piece);  // what was there may have been taken away before it failed
+    munmap(copy, piece);
+  }
+  // Around the copy alone: its own place may be somebody else's by now.
+  if (copy != begin) munmap(begin, static_cast<std::size_t>(copy - begin));
+  munmap(copy + piece, static_cast<std::size_t>(begin + HUGE_PAGE - copy));
+  return moved;
 #else
   return false;
 #endif

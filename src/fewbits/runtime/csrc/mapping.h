@@ -7,9 +7,11 @@
 // the same before and after.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <thread>
 
 namespace fewbits::runtime {
 
@@ -25,14 +27,22 @@ class Mapping {
   std::size_t size() const { return size_; }
   std::size_t moved() const { return moved_; }  // bytes that lie in huge pages
 
-  // Moves the next piece. False where nothing is left, the system has no huge pages, or memory is short: the file's own
-  // pages can be dropped and read again at any time, these cannot.
-  bool move_on();
+  // Begins to move all of it, on a thread of its own; a second call does nothing. The thread is not Python's, so that a
+  // program may end while it works.
+  void move();
+  void wait();  // until it has ended
 
  private:
+  bool move_on();
+  bool map_file(std::size_t from, std::size_t bytes);
+
+  int file_ = -1;
   std::uint8_t* data_ = nullptr;
-  std::size_t size_ = 0, moved_ = 0, reserved_ = 0;
+  std::size_t size_ = 0, reserved_ = 0;
   void* reservation_ = nullptr;
+  std::atomic<std::size_t> moved_{0};
+  std::atomic<bool> stop_{false};
+  std::thread mover_;
 };
 
 }  // namespace fewbits::runtime

@@ -339,7 +339,8 @@ void bind_mapping(nb::module_& m) {
         return nb::ndarray<nb::numpy, const std::uint8_t, nb::ndim<1>>(mapping.data(), {mapping.size()}, self);
       })
       .def_prop_ro("moved", &Mapping::moved)
-      .def("move_on", &Mapping::move_on, nb::call_guard<nb::gil_scoped_release>());
+      .def("move", &Mapping::move)
+      .def("wait", &Mapping::wait, nb::call_guard<nb::gil_scoped_release>());
 }
 
 void bind_program(nb::module_& m) {

@@ -2,13 +2,14 @@
 //
 // Columns go by in slabs. A slab of a few panels is decoded into bytes that stay in the first-level cache (codes of 8
 // bits already are bytes, and stay where they are), its params into floats; then every tile of inputs is multiplied
-// with it. So decoding costs the same whatever the format's kernel of arithmetic, and nothing per row of inputs. One
-// row goes the same way: what bounds it is how fast the weight comes from memory.
+// with it. So decoding is done once for all rows of inputs. One row or two take another way (`stream`), because what
+// bounds them is how fast the weight comes from memory.
 //
 // The arithmetic of a tile of M rows, per step of four columns: a load for each vector of 16 weights' rows, a broadcast
 // for each row of inputs, M · vectors instructions of 4 · LANES multiply-adds. With 2 × 6 (AVX-512) 12 such instructions
-// share 8 loads, and both kinds of accumulators (the segment's integers, the row's floats) fit 32 registers. A segment
-// of 32 columns ends in 3 more for each 8: converted, scaled, added; so 73 % of the peak, at 128 columns 91 %.
+// share 8 loads, and both kinds of accumulators (a segment's integers, floats for 128 columns) fit 32 registers. A
+// segment ends in two more for each accumulator (converted, scaled and added), 128 columns in a third: at most 78 % of
+// the peak in segments of 32 columns, 91 % in those of 128.
 //
 // Rows and columns are filled up to whole panels and blocks, in weights and in inputs and outputs, so there are no
 // tails but a last segment that is shorter.
