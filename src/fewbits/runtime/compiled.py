@@ -131,7 +131,9 @@ class CompiledRunner:
         return int(self._cache.nbytes)
 
     def forward(self, tokens: Numbers, slots: Numbers, positions: Numbers, wanted: Numbers) -> NDArray[np.float32]:
-        """See `Runner.forward`. Raises ValueError for a token, slot or position that there is not."""
+        """See `Runner.forward`. Raises ValueError for a token, slot or position that there is not, or too many rows."""
+        if len(tokens) > self.most_rows:
+            raise ValueError(f"{len(tokens)} rows in one call; at most {self.most_rows} fit the buffers, so cut them")
         out = np.empty((len(wanted), self.vocabulary), np.float32)
         given = (np.ascontiguousarray(x, np.int32) for x in (tokens, slots, positions, wanted))
         begin = time.perf_counter()

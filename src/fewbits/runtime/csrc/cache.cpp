@@ -32,9 +32,8 @@ std::size_t product(std::size_t a, std::size_t b) {
 
 }  // namespace
 
-OutOfMemory::OutOfMemory(std::size_t bytes)
-    : message_("no memory for keys and values: " + std::to_string(bytes) +
-               " bytes were asked for; take a shorter context, fewer sequences, or INT8 or INT4") {}
+OutOfMemory::OutOfMemory(std::size_t bytes, const std::string& purpose, const std::string& advice)
+    : message_("no memory for " + purpose + ": " + std::to_string(bytes) + " bytes were asked for; " + advice) {}
 
 const char* OutOfMemory::what() const noexcept { return message_.c_str(); }
 
@@ -52,10 +51,13 @@ KeyValues::KeyValues(Kind kind, int layers, int slots, int context, int kv_heads
   require(head_dim % 8 == 0 && head_dim > 0 && head_dim <= 256,
           "head_dim must be a multiple of 8 up to 256, not " + std::to_string(head_dim));
   const std::size_t asked = bytes();
-  if (asked > std::numeric_limits<std::size_t>::max() - HUGE_PAGE) throw OutOfMemory(asked);
+  const auto fail = [asked] {
+    throw OutOfMemory(asked, "keys and values", "take a shorter context, fewer sequences, or INT8 or INT4");
+  };
+  if (asked > std::numeric_limits<std::size_t>::max() - HUGE_PAGE) fail();
   mapped_bytes_ = asked + HUGE_PAGE;  // room to begin where a huge page does
   mapped_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped_ == MAP_FAILED) throw OutOfMemory(asked);
+  if (mapped_ == MAP_FAILED) fail();
   first_ = reinterpret_cast<std::byte*>(rounded_up(reinterpret_cast<std::uintptr_t>(mapped_), HUGE_PAGE));
 #ifdef MADV_HUGEPAGE
   madvise(first_, asked, MADV_HUGEPAGE);  // where it is refused, small pages do

@@ -25,7 +25,7 @@ enum class Kind { f16, int8, int4 };
 // What failed says how much was asked for.
 class OutOfMemory : public std::bad_alloc {
  public:
-  explicit OutOfMemory(std::size_t bytes);
+  OutOfMemory(std::size_t bytes, const std::string& purpose, const std::string& advice);
   const char* what() const noexcept override;
 
  private:

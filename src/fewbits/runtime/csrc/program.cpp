@@ -36,7 +36,7 @@ void Aligned::grow(std::size_t bytes, bool huge_pages) {
   at_.reset();
   bytes_ = 0;
   at_.reset(std::aligned_alloc(line, whole));
-  if (!at_) throw OutOfMemory(whole);
+  if (!at_) throw OutOfMemory(whole, "the rows of a step", "run fewer at a time, or close other programs");
   bytes_ = whole;
 #if defined(__linux__)
   if (huge_pages) madvise(at_.get(), whole, MADV_HUGEPAGE);
