@@ -100,7 +100,7 @@ void check_throwing(Verdict& verdict, int threads) {
     verdict.holds(chain.holds(), "the pool goes on", threads, i, 0);
   }
   const std::vector<Phase> many(Pool::MOST_PHASES + 1, fine);
-  verdict.holds(thrown_by(pool, many).starts_with("16385 phases"), "too many phases", threads, 0, 0);
+  verdict.holds(thrown_by(pool, many).starts_with("4097 phases"), "too many phases", threads, 0, 0);
   pool.run({});
 }
 

@@ -25,7 +25,8 @@ constexpr int SLAB = 512;       // columns decoded at a time: 8 KB a panel
 constexpr int FLOAT_SLAB = 64;  // the same for floating-point numbers: 4 KB a panel
 constexpr int MOST_PANELS = 4;
 constexpr int LINE = 64;     // bytes of a cache's line
-constexpr int AHEAD = 2048;  // bytes: what is fetched while codes are decoded
+constexpr int AHEAD = 5120;  // bytes: what is fetched while codes are decoded
+constexpr int PARAMS_AHEAD = 1024;  // the same for what comes with a group
 constexpr int MOST_SEGMENTS = SLAB / PANEL;
 
 struct Scratch {
@@ -489,43 +490,45 @@ Slab open_slab(const Weight& w, std::int64_t panel, int count, std::int64_t colu
 inline Float param(const Params& p, const Cursor& c, std::int64_t groups, std::int64_t factors, std::int64_t panel, int row,
                    Float scale) {
   const std::int64_t at = (panel * groups + c.group) * PANEL + row;
-  if (p.kind == Params::Kind::numbers) return number(p.number, p.values, at);
+  if (p.kind == Params::Kind::numbers) {
+    const std::int64_t size = p.number == Number::f32 ? 4 : 2;
+    __builtin_prefetch(static_cast<const std::uint8_t*>(p.values) + at * size + PARAMS_AHEAD);
+    return number(p.number, p.values, at);
+  }
+  __builtin_prefetch(static_cast<const std::uint8_t*>(p.values) + at + PARAMS_AHEAD);
   if (p.kind == Params::Kind::zeros)
     return multiply(multiply(all(-1.0f), from_unsigned(static_cast<const std::uint8_t*>(p.values) + at)), scale);
   return multiply(from_half(p.factor + (panel * factors + c.factor) * PANEL + row),
                   from_signed(static_cast<const std::int8_t*>(p.values) + at));
 }
 
-template <int BITS, int P, int M, bool WIDE>
+template <int BITS, int M, bool WIDE>
 void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, float* out, std::int64_t stride) {
   constexpr bool lookup = WIDE && BITS < 8, finishes = lookup || (SHIFTED && WIDE);
+  constexpr int chains = VECTORS * M == 1 ? 2 : 1;  // sums that steps are added to in turn: one alone waits for itself
   const bool offsets = w.offset.kind != Params::Kind::none;
   const Bytes table = lookup ? load_table(w.table) : all_bytes(0);
   const int length = w.segment();
   const std::int64_t blocks = w.blocks(), groups = w.groups();
   const std::int64_t scale_factors = (groups + w.scale.per - 1) / w.scale.per;
   const std::int64_t offset_factors = (groups + w.offset.per - 1) / w.offset.per;
-  const std::uint8_t* codes[P];
-  Float sums[P][VECTORS][M], inner[P][VECTORS][M];
-  Int dots[P][VECTORS][M];
-  for (int p = 0; p < P; ++p) codes[p] = codes_at(w, panel + p, 0);
+  const std::uint8_t* codes = codes_at(w, panel, 0);
+  Float sums[VECTORS][M], inner[VECTORS][M];
+  Int dots[VECTORS][M][chains];
 #pragma GCC unroll 4
-  for (int p = 0; p < P; ++p)
+  for (int v = 0; v < VECTORS; ++v)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v)
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        sums[p][v][m] = adds ? load(out + m * stride + p * PANEL + v * LANES) : all(0.0f);
-        inner[p][v][m] = all(0.0f);
-        dots[p][v][m] = all(in.start[m]);
-      }
+    for (int m = 0; m < M; ++m) {
+      sums[v][m] = adds ? load(out + m * stride + v * LANES) : all(0.0f);
+      inner[v][m] = all(0.0f);
+      for (int c = 0; c < chains; ++c) dots[v][m][c] = all(c ? 0 : in.start[m]);
+    }
   Cursor scales = cursor(w, w.scale, 0), shifts = cursor(w, w.offset, 0);
   const auto* x = static_cast<const std::int8_t*>(in.codes);
   int segment = 0, columns = 0;  // of the segment that is open
   for (std::int64_t b = 0; b < blocks; ++b, x += BLOCK * M) {
-    Block block[P];
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) codes[p] = decode_block<BITS>(codes[p], block[p]);
+    Block block;
+    codes = decode_block<BITS>(codes, block);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 4
@@ -534,12 +537,11 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
         for (int m = 0; m < M; ++m) {
           const Bytes inputs = four(x + (step * M + m) * STEP);
 #pragma GCC unroll 4
-          for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) {
-              const Bytes w4 = finishes ? finish(block[p][step][v], lookup, table) : block[p][step][v];
-              dots[p][v][m] = WIDE ? dot_wide(dots[p][v][m], w4, inputs) : dot(dots[p][v][m], w4, inputs);
-            }
+          for (int v = 0; v < VECTORS; ++v) {
+            const Bytes w4 = finishes ? finish(block[step][v], lookup, table) : block[step][v];
+            Int& sum = dots[v][m][step % chains];
+            sum = WIDE ? dot_wide(sum, w4, inputs) : dot(sum, w4, inputs);
+          }
         }
       columns += BLOCK / 2;
       const bool last = b + 1 == blocks && half == 1;
@@ -549,67 +551,54 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
       ++segment;
       const std::int32_t* start = in.start + (last ? 0 : segment * M);
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p)
+      for (int v = 0; v < VECTORS; ++v) {
+        const Float scale = param(w.scale, scales, groups, scale_factors, panel, v * LANES, all(1.0f));
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) {
-          const Float scale = param(w.scale, scales, groups, scale_factors, panel + p, v * LANES, all(1.0f));
-#pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) {
-            inner[p][v][m] = multiply_add(to_float(dots[p][v][m]), scale, inner[p][v][m]);
-            dots[p][v][m] = all(start[m]);
-          }
-          if (!offsets) continue;
-          const Float offset = param(w.offset, shifts, groups, offset_factors, panel + p, v * LANES, scale);
-#pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) inner[p][v][m] = multiply_add(offset, all(total[m]), inner[p][v][m]);
+        for (int m = 0; m < M; ++m) {
+          Int whole = dots[v][m][0];
+          if constexpr (chains > 1) whole = add(whole, dots[v][m][1]);
+          inner[v][m] = multiply_add(to_float(whole), scale, inner[v][m]);
+          for (int c = 0; c < chains; ++c) dots[v][m][c] = all(c ? 0 : start[m]);
         }
+        if (!offsets) continue;
+        const Float offset = param(w.offset, shifts, groups, offset_factors, panel, v * LANES, scale);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) inner[v][m] = multiply_add(offset, all(total[m]), inner[v][m]);
+      }
       scales.next();
       shifts.next();
     }
     if ((b + 1) % (LONGEST / BLOCK) != 0 && b + 1 < blocks) continue;
     const float* x_scale = in.scale + b / (LONGEST / BLOCK) * M;
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v)
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-          sums[p][v][m] = multiply_add(inner[p][v][m], all(x_scale[m]), sums[p][v][m]);
-          inner[p][v][m] = all(0.0f);
-        }
-  }
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v)
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) store(out + m * stride + p * PANEL + v * LANES, sums[p][v][m]);
+      for (int m = 0; m < M; ++m) {
+        sums[v][m] = multiply_add(inner[v][m], all(x_scale[m]), sums[v][m]);
+        inner[v][m] = all(0.0f);
+      }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) store(out + m * stride + v * LANES, sums[v][m]);
 }
 
-constexpr int STREAMED = 2;                        // rows of inputs at most
-constexpr int ABREAST = LANES == 16 ? 2 : 1;       // panels at a time
+constexpr int STREAMED = 2;  // rows of inputs at most
 
-template <int BITS, int P, bool WIDE>
+template <int BITS, bool WIDE>
 void stream_rows(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, float* out, std::int64_t stride) {
-  in.rows == 1 ? stream<BITS, P, 1, WIDE>(w, in, panel, adds, out, stride)
-               : stream<BITS, P, 2, WIDE>(w, in, panel, adds, out, stride);
+  in.rows == 1 ? stream<BITS, 1, WIDE>(w, in, panel, adds, out, stride)
+               : stream<BITS, 2, WIDE>(w, in, panel, adds, out, stride);
 }
 
+// Panel after panel, as they lie: one stream of codes is what memory is read fastest by.
 template <int BITS>
 void stream_panels(const Weight& w, const Inputs& in, std::int64_t begin, std::int64_t end, bool adds, float* out,
                    std::int64_t stride) {
-  constexpr bool wide = BITS == 8;
-  for (std::int64_t panel = begin; panel < end;) {
-    const int count = end - panel < ABREAST ? 1 : ABREAST;
-    float* to = out + panel * PANEL;
-    if (count == ABREAST)
-      w.table ? stream_rows<BITS, ABREAST, true>(w, in, panel, adds, to, stride)
-              : stream_rows<BITS, ABREAST, wide>(w, in, panel, adds, to, stride);
-    else
-      w.table ? stream_rows<BITS, 1, true>(w, in, panel, adds, to, stride)
-              : stream_rows<BITS, 1, wide>(w, in, panel, adds, to, stride);
-    panel += count;
-  }
+  for (std::int64_t panel = begin; panel < end; ++panel)
+    w.table ? stream_rows<BITS, true>(w, in, panel, adds, out + panel * PANEL, stride)
+            : stream_rows<BITS, BITS == 8>(w, in, panel, adds, out + panel * PANEL, stride);
 }
 
 void stream_all(const Weight& w, const Inputs& in, std::int64_t begin, std::int64_t end, bool adds, float* out,

@@ -42,12 +42,18 @@ void wait_while(const std::atomic<std::uint32_t>& value, std::uint32_t old, Cloc
   value.wait(old, std::memory_order_acquire);
 }
 
-std::uint64_t opened(std::uint32_t job, std::size_t chunks) { return static_cast<std::uint64_t>(job) << 40 | chunks << 20; }
+constexpr int END = 20, JOB = 40;                       // where they begin in what is left of a share
+
+std::uint64_t share_of(std::uint32_t job, std::uint64_t begin, std::uint64_t end) {
+  return static_cast<std::uint64_t>(job) << JOB | end << END | begin;
+}
 
 }  // namespace
 
 Pool::Pool(int threads) : progress_(new Progress[MOST_PHASES]) {
   if (threads < 1) throw std::invalid_argument(std::to_string(threads) + " threads; at least one has to do the work");
+  threads_ = threads;
+  shares_.reset(new Share[MOST_PHASES * static_cast<std::size_t>(threads)]);
   try {
     for (int t = 1; t < threads; ++t) others_.emplace_back([this, t] { serve(t); });
   } catch (const std::system_error&) {  // those that run already hold this
@@ -92,19 +98,28 @@ void Pool::serve(int thread) {
 
 void Pool::work(std::uint32_t job, std::size_t phases, int thread) {
   for (std::size_t i = 0; i < phases; ++i) {
-    auto& next = progress_[i].next;
-    for (std::uint64_t at = next.load();;) {
-      if (at >> 40 != job) return;  // the job is done, and this another's
-      if ((at & MASK) >= (at >> 20 & MASK)) break;
-      if (!next.compare_exchange_weak(at, at + 1)) continue;
-      carry_out(i, at & MASK, thread);
-      if (++progress_[i].finished == (at >> 20 & MASK)) {
-        open(i + 1, phases_->size(), job);
-        finish(i, job);
-      }
-      at = next.load();
-    }
+    for (int t = 0; t < threads_; ++t)
+      if (!work_off(i, (thread + t) % threads_, job, thread)) return;
     if (!wait_for(progress_[i].done, job)) return;
+  }
+}
+
+// A thread's share of a phase: its owner begins at the front, anybody else at the back. False if the job is done and the
+// share another's.
+bool Pool::work_off(std::size_t phase, int owner, std::uint32_t job, int thread) {
+  std::atomic<std::uint64_t>& left = share(phase, owner);
+  for (std::uint64_t at = left.load();;) {
+    const std::uint64_t next = at & MASK, end = at >> END & MASK;
+    if (at >> JOB != job) return false;
+    if (next == end) return true;
+    const bool front = owner == thread;
+    if (!left.compare_exchange_weak(at, front ? share_of(job, next + 1, end) : share_of(job, next, end - 1))) continue;
+    carry_out(phase, front ? next : end - 1, thread);
+    if (--progress_[phase].unfinished == 0) {
+      open(phase + 1, phases_->size(), job);
+      finish(phase, job);
+    }
+    at = left.load();
   }
 }
 
@@ -130,9 +145,11 @@ void Pool::carry_out(std::size_t phase, std::size_t chunk, int thread) {
 void Pool::open(std::size_t phase, std::size_t phases, std::uint32_t job) {
   for (; phase < phases; ++phase) {
     const std::size_t chunks = count(phase);
-    progress_[phase].finished.store(0);
+    progress_[phase].unfinished.store(static_cast<std::uint32_t>(chunks));
     progress_[phase].done.store(0);  // numbers of jobs come again, and the last one's must not look like this one's
-    progress_[phase].next.store(opened(job, chunks));
+    const auto among = static_cast<std::size_t>(threads_);
+    for (std::size_t t = 0; t < among; ++t)
+      share(phase, static_cast<int>(t)).store(share_of(job, (chunks * t + among - 1) / among, (chunks * (t + 1) + among - 1) / among));
     if (chunks) return;
     finish(phase, job);
   }

@@ -51,6 +51,7 @@ inline Bytes four(const void* p) {
   return _mm512_set1_epi32(v);
 }
 inline Int all(std::int32_t v) { return _mm512_set1_epi32(v); }
+inline Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
 inline Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
 inline Float all(float v) { return _mm512_set1_ps(v); }
 inline Float load(const float* p) { return _mm512_loadu_ps(p); }
@@ -120,6 +121,7 @@ inline Bytes four(const void* p) {
   return _mm256_set1_epi32(v);
 }
 inline Int all(std::int32_t v) { return _mm256_set1_epi32(v); }
+inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
 inline Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
 inline Float all(float v) { return _mm256_set1_ps(v); }
 inline Float load(const float* p) { return _mm256_loadu_ps(p); }
@@ -189,6 +191,7 @@ inline Bytes four(const void* p) {
   return vreinterpretq_u8_u32(vdupq_n_u32(v));
 }
 inline Int all(std::int32_t v) { return vdupq_n_s32(v); }
+inline Int add(Int a, Int b) { return vaddq_s32(a, b); }
 inline Float to_float(Int v) { return vcvtq_f32_s32(v); }
 inline Float all(float v) { return vdupq_n_f32(v); }
 inline Float load(const float* p) { return vld1q_f32(p); }
@@ -254,6 +257,7 @@ inline Bytes four(const void* p) {
   return reinterpret_cast<Bytes>(Int{v, v, v, v});
 }
 inline Int all(std::int32_t v) { return Int{v, v, v, v}; }
+inline Int add(Int a, Int b) { return a + b; }
 inline Float to_float(Int v) { return __builtin_convertvector(v, Float); }
 inline Float all(float v) { return Float{v, v, v, v}; }
 inline Float load(const float* p) {
