@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(core is None, reason="the kernels were not compi
 
 FLOAT_UNIT = 2.0**-24
 SHAPES = ((16, 32), (33, 256), (40, 520))  # whole tiles; a panel's tail; a block's and a group's tail
-ROWS = (1, 2, 3, 6, 7, 13)  # streamed; a tile of each target, and its tail
+ROWS = (1, 2, 3, 8, 13, 17, 23)  # streamed, in one pass and in two; tiles of each target, and their tails
 SOME = (
     "int2-g16",
     "int3-g128",

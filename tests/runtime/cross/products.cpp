@@ -20,7 +20,7 @@ constexpr float LARGEST_X = 3.0f;
 // What a target's kernels read of inputs, and the memory for it.
 struct Packed {
   Packed(const Kernels& kernels, const Weight& w, const std::vector<float>& x, int rows) {
-    in.rows = rows, in.height = tile_height(rows, kernels.tile), in.padded = w.padded();
+    in.rows = rows, in.height = kernels.height(rows), in.padded = w.padded();
     if (w.bits) {
       in.segment = w.segment();
       in.segments = (in.padded + in.segment - 1) / in.segment;
@@ -84,7 +84,7 @@ class Comparison {
       : reference_(reference), kernels_(kernels), same_sums_(same_sums), verdict_(verdict) {}
 
   void matrix(const Matrix& m) {
-    for (int rows : {1, 2, 3, 7, 13})
+    for (int rows : {1, 2, 3, 8, 13, 19})
       for (bool adds : {false, true}) {
         // Each side rounds a sum for every number of x, or for every segment twice, and once for 128 columns.
         const auto added = static_cast<double>(m.w.bits ? 3 * (m.w.padded() / m.w.segment() + 1) : m.w.columns);

@@ -13,6 +13,7 @@ namespace fewbits::runtime {
 struct Kernels {
   const char* name;
   int tile;                  // rows of inputs that are multiplied together, at most
+  int streamed, passes;      // the same where a weight goes straight from memory into registers, and how often at most
   bool shifted;              // whether wide codes are signed bytes, and their zero 128 lower
   std::size_t scratch_size;  // bytes of a thread's Scratch
   void (*pack)(const Inputs&, const float* x, std::int64_t columns, std::int64_t stride, std::int64_t tile);
@@ -22,6 +23,12 @@ struct Kernels {
   const Ops* ops;  // the others
   std::int64_t (*integer_products)(std::int64_t rounds);
   std::uint8_t (*read_lines)(const std::uint8_t* at, std::int64_t bytes);
+
+  // Rows that are interleaved, of so many: tiles of about the same height, because a low one takes as long as a higher.
+  std::int64_t height(std::int64_t rows) const {
+    const std::int64_t most = rows <= passes * streamed ? streamed : tile, tiles = (rows + most - 1) / most;
+    return tiles ? (rows + tiles - 1) / tiles : 1;
+  }
 };
 
 // Targets that this processor runs, the best first; the last one runs anywhere.

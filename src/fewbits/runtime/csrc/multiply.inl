@@ -408,33 +408,31 @@ using Tile = void (*)(const Slab&, const Inputs&, std::int64_t, float*, std::int
 
 template <int P, int M>
 Tile tile_of_kind(const Weight& w) {
+  if constexpr (M > TILE) return float_tile<P, M>;  // so many integers are streamed
   if (!w.bits) return float_tile<P, M>;
   return is_wide(w) ? integer_tile<P, M, true> : integer_tile<P, M, false>;
 }
 
-// The tile for so many panels and rows; TILE is at most 6.
-template <int P>
+constexpr int HIGHEST = TILE > STREAMED ? TILE : STREAMED;
+
+// The tile for so many panels and rows.
+template <int P, int M = 1>
 Tile tile_for(const Weight& w, int rows) {
-  switch (rows) {
-    case 1: return tile_of_kind<P, 1>(w);
-    case 2: return tile_of_kind<P, 2>(w);
-    case 3: return tile_of_kind<P, 3 <= TILE ? 3 : 1>(w);
-    case 4: return tile_of_kind<P, 4 <= TILE ? 4 : 1>(w);
-    case 5: return tile_of_kind<P, 5 <= TILE ? 5 : 1>(w);
-    default: return tile_of_kind<P, 6 <= TILE ? 6 : 1>(w);
-  }
+  if (rows == M) return tile_of_kind<P, M>(w);
+  if constexpr (M < HIGHEST) return tile_for<P, M + 1>(w, rows);
+  return nullptr;  // no tile is higher
 }
 
 constexpr int FEW_TILES = 4;
 
 // Panels that fill the registers: few rows leave room for more.
 constexpr int FULL = LANES == 16 ? 2 : 1;  // beside TILE rows
-constexpr int FEW = LANES == 16 ? 4 : LANES == 8 ? 2 : 1;  // beside one or two
+constexpr int FEW = LANES == 16 ? 4 : LANES == 8 ? 2 : 1;  // floating-point ones beside one or two
 
 inline Tile tile_for(const Weight& w, int panels, int rows) {
   if (panels == 1) return tile_for<1>(w, rows);
   if (panels == 2) return tile_for<2>(w, rows);
-  return rows == 1 ? tile_of_kind<MOST_PANELS, 1>(w) : tile_of_kind<MOST_PANELS, 2>(w);
+  return rows == 1 ? float_tile<MOST_PANELS, 1> : float_tile<MOST_PANELS, 2>;
 }
 
 // Floating-point numbers of some columns of a panel, times their scale.
@@ -503,7 +501,8 @@ inline Float param(const Params& p, const Cursor& c, std::int64_t groups, std::i
 }
 
 template <int BITS, int M, bool WIDE>
-void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, float* out, std::int64_t stride) {
+void stream(const Weight& w, const Inputs& in, std::int64_t tile, std::int64_t panel, bool adds, float* out,
+            std::int64_t stride) {
   constexpr bool lookup = WIDE && BITS < 8, finishes = lookup || (SHIFTED && WIDE);
   constexpr int chains = VECTORS * M == 1 ? 2 : 1;  // sums that steps are added to in turn: one alone waits for itself
   const bool offsets = w.offset.kind != Params::Kind::none;
@@ -513,30 +512,34 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
   const std::int64_t scale_factors = (groups + w.scale.per - 1) / w.scale.per;
   const std::int64_t offset_factors = (groups + w.offset.per - 1) / w.offset.per;
   const std::uint8_t* codes = codes_at(w, panel, 0);
+  const std::int64_t before = tile * in.height;
+  const float *x_scales = in.scale + before * in.groups, *totals = in.total + before * in.segments;
+  const std::int32_t* starts = in.start + before * in.segments;
   Float sums[VECTORS][M], inner[VECTORS][M];
   Int dots[VECTORS][M][chains];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int v = 0; v < VECTORS; ++v)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       sums[v][m] = adds ? load(out + m * stride + v * LANES) : all(0.0f);
       inner[v][m] = all(0.0f);
-      for (int c = 0; c < chains; ++c) dots[v][m][c] = all(c ? 0 : in.start[m]);
+      for (int c = 0; c < chains; ++c) dots[v][m][c] = all(c ? 0 : starts[m]);
     }
   Cursor scales = cursor(w, w.scale, 0), shifts = cursor(w, w.offset, 0);
-  const auto* x = static_cast<const std::int8_t*>(in.codes);
   int segment = 0, columns = 0;  // of the segment that is open
+  const std::int8_t* x = nullptr;
   for (std::int64_t b = 0; b < blocks; ++b, x += BLOCK * M) {
+    if (b % (SLAB / BLOCK) == 0) x = static_cast<const std::int8_t*>(in.codes) + place(in, before, b * BLOCK, M);
     Block block;
     codes = decode_block<BITS>(codes, block);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int step = half * STEPS / 2; step < (half + 1) * STEPS / 2; ++step)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           const Bytes inputs = four(x + (step * M + m) * STEP);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int v = 0; v < VECTORS; ++v) {
             const Bytes w4 = finishes ? finish(block[step][v], lookup, table) : block[step][v];
             Int& sum = dots[v][m][step % chains];
@@ -547,13 +550,13 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
       const bool last = b + 1 == blocks && half == 1;
       if (columns < length && !last) continue;
       columns = 0;
-      const float* total = in.total + segment * M;
+      const float* total = totals + segment * M;
       ++segment;
-      const std::int32_t* start = in.start + (last ? 0 : segment * M);
-#pragma GCC unroll 4
+      const std::int32_t* start = starts + (last ? 0 : segment * M);
+#pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) {
         const Float scale = param(w.scale, scales, groups, scale_factors, panel, v * LANES, all(1.0f));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           Int whole = dots[v][m][0];
           if constexpr (chains > 1) whole = add(whole, dots[v][m][1]);
@@ -562,43 +565,46 @@ void stream(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, fl
         }
         if (!offsets) continue;
         const Float offset = param(w.offset, shifts, groups, offset_factors, panel, v * LANES, scale);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) inner[v][m] = multiply_add(offset, all(total[m]), inner[v][m]);
       }
       scales.next();
       shifts.next();
     }
     if ((b + 1) % (LONGEST / BLOCK) != 0 && b + 1 < blocks) continue;
-    const float* x_scale = in.scale + b / (LONGEST / BLOCK) * M;
-#pragma GCC unroll 4
+    const float* x_scale = x_scales + b / (LONGEST / BLOCK) * M;
+#pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         sums[v][m] = multiply_add(inner[v][m], all(x_scale[m]), sums[v][m]);
         inner[v][m] = all(0.0f);
       }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int v = 0; v < VECTORS; ++v)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) store(out + m * stride + v * LANES, sums[v][m]);
 }
 
-constexpr int STREAMED = 2;  // rows of inputs at most
-
-template <int BITS, bool WIDE>
-void stream_rows(const Weight& w, const Inputs& in, std::int64_t panel, bool adds, float* out, std::int64_t stride) {
-  in.rows == 1 ? stream<BITS, 1, WIDE>(w, in, panel, adds, out, stride)
-               : stream<BITS, 2, WIDE>(w, in, panel, adds, out, stride);
+template <int BITS, bool WIDE, int M = 1>
+void stream_rows(const Weight& w, const Inputs& in, std::int64_t tile, std::int64_t panel, bool adds, float* out,
+                 std::int64_t stride) {
+  if (rows_of(in, tile) == M) return stream<BITS, M, WIDE>(w, in, tile, panel, adds, out, stride);
+  if constexpr (M < STREAMED) stream_rows<BITS, WIDE, M + 1>(w, in, tile, panel, adds, out, stride);
 }
 
 // Panel after panel, as they lie: one stream of codes is what memory is read fastest by.
 template <int BITS>
 void stream_panels(const Weight& w, const Inputs& in, std::int64_t begin, std::int64_t end, bool adds, float* out,
                    std::int64_t stride) {
+  const std::int64_t tiles = (in.rows + in.height - 1) / in.height;
   for (std::int64_t panel = begin; panel < end; ++panel)
-    w.table ? stream_rows<BITS, true>(w, in, panel, adds, out + panel * PANEL, stride)
-            : stream_rows<BITS, BITS == 8>(w, in, panel, adds, out + panel * PANEL, stride);
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      float* to = out + t * in.height * stride + panel * PANEL;
+      w.table ? stream_rows<BITS, true>(w, in, t, panel, adds, to, stride)
+              : stream_rows<BITS, BITS == 8>(w, in, t, panel, adds, to, stride);
+    }
 }
 
 void stream_all(const Weight& w, const Inputs& in, std::int64_t begin, std::int64_t end, bool adds, float* out,
@@ -632,9 +638,9 @@ void multiply(const Weight& w, const Inputs& in, std::int64_t begin, std::int64_
     for (std::int64_t n = begin * PANEL; n < end * PANEL && n < w.rows; ++n)
       out[m * stride + n] = bias[n] + (accumulate ? out[m * stride + n] : 0.0f);
   const bool adds = accumulate || bias;
-  if (w.bits && in.rows <= STREAMED) return stream_all(w, in, begin, end, adds, out, stride);
+  if (w.bits && in.rows <= PASSES * STREAMED) return stream_all(w, in, begin, end, adds, out, stride);
   const std::int64_t tiles = (in.rows + in.height - 1) / in.height, width = w.bits ? SLAB : FLOAT_SLAB;
-  const int together = in.rows <= 2 ? FEW : FULL;
+  const int together = !w.bits && in.rows <= 2 ? FEW : FULL;
   // Many tiles: all panels of a slab before the next, so that its inputs stay in the second-level cache. Few tiles are
   // there anyway, and the weight is read as it lies.
   const bool few = tiles <= FEW_TILES;

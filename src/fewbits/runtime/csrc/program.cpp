@@ -348,7 +348,8 @@ void Program::attend_part(const Attention& a, const Part& part, int kv_head, int
 // Which rows each expert is given. Entries (a row and one of its experts) lie by expert, rows of one in order.
 struct Program::Routing {
   ExpertsOp op;
-  int width, ffn, most;  // most: rows of a tile
+  int width, ffn;
+  const Kernels* kernels;
   Inputs into, out_of;  // inputs of gate and up, and of down
   std::vector<int> first;  // of each expert's entries; one more at the end
   std::vector<int> rows;   // of each entry
@@ -402,7 +403,7 @@ struct Program::Routing {
     const std::int64_t before = first[expert];
     Inputs in = all;
     in.rows = entries_of(expert);
-    in.height = tile_height(in.rows, most);
+    in.height = kernels->height(in.rows);
     in.codes = static_cast<char*>(all.codes) + before * all.padded * (all.segment ? 1 : 4);
     in.scale += before * all.groups;
     in.start += before * all.segments;
@@ -423,7 +424,7 @@ void Program::experts(ExpertsOp op) {
   const auto r = std::make_shared<Routing>();
   r->width = buffers_.at(op.out)->width;
   r->ffn = static_cast<int>(op.gate.at(0).rows);
-  r->most = kernels_.tile;
+  r->kernels = &kernels_;
   r->into = form(op.gate.at(0));
   r->out_of = form(op.down.at(0));
   for (std::size_t e = 0; e < op.gate.size(); ++e)

@@ -140,7 +140,7 @@ class Program {
   void flush();
   Inputs form(const Weight& w) const;
   void prepare(Inputs& in, int set, std::int64_t rows);
-  std::int64_t height(std::int64_t rows) const { return tile_height(rows, kernels_.tile); }
+  std::int64_t height(std::int64_t rows) const { return kernels_.height(rows); }
   std::int64_t tiles(std::int64_t rows) const { return (rows + height(rows) - 1) / height(rows); }
   std::int64_t panels_at_a_time(const Weight& w, std::int64_t rows) const;
   void* scratch(int thread) const { return scratch_[static_cast<std::size_t>(thread)].data<void>(); }

@@ -22,7 +22,7 @@ namespace {
 
 #if defined(__AVX512BW__)
 
-constexpr int LANES = 16, TILE = 6, MOST_VECTORS = 4;
+constexpr int LANES = 16, TILE = 6, STREAMED = 8, PASSES = 2, MOST_VECTORS = 4;
 constexpr bool SHIFTED = false;
 using Int = __m512i;
 using Bytes = __m512i;
@@ -92,7 +92,7 @@ inline Int dot_wide(Int sum, Bytes w, Bytes x) {
 
 #elif defined(__AVX2__)
 
-constexpr int LANES = 8, TILE = 3, MOST_VECTORS = 4;
+constexpr int LANES = 8, TILE = 3, STREAMED = 2, PASSES = 1, MOST_VECTORS = 4;
 constexpr bool SHIFTED = false;
 using Int = __m256i;
 using Bytes = __m256i;
@@ -161,7 +161,7 @@ inline Int dot_wide(Int sum, Bytes w, Bytes x) {
 
 #elif defined(__ARM_NEON) && !defined(FEWBITS_PORTABLE)
 
-constexpr int LANES = 4, TILE = 3, MOST_VECTORS = 4;
+constexpr int LANES = 4, TILE = 3, STREAMED = 2, PASSES = 1, MOST_VECTORS = 4;
 constexpr bool SHIFTED = true;
 using Int = int32x4_t;
 using Bytes = uint8x16_t;
@@ -225,7 +225,7 @@ inline Int dot_wide(Int sum, Bytes w, Bytes x) { return dot(sum, w, x); }
 
 #else  // any processor: what the compiler makes of it
 
-constexpr int LANES = 4, TILE = 2, MOST_VECTORS = 4;
+constexpr int LANES = 4, TILE = 2, STREAMED = 2, PASSES = 1, MOST_VECTORS = 4;
 constexpr bool SHIFTED = false;
 typedef std::int32_t Int __attribute__((vector_size(16)));
 typedef std::uint8_t Bytes __attribute__((vector_size(16)));

@@ -45,13 +45,6 @@ struct Weight {
   int segment() const { return group && group < LONGEST ? static_cast<int>(group) : LONGEST; }
 };
 
-// Rows that are interleaved, of so many rows altogether and `most` at a time: tiles of about the same height, because a
-// low one takes as long as a higher one.
-inline std::int64_t tile_height(std::int64_t rows, std::int64_t most) {
-  const std::int64_t tiles = (rows + most - 1) / most;
-  return tiles ? (rows + tiles - 1) / tiles : most;
-}
-
 // Inputs of a product as its kernels read them: tiles of `height` rows interleaved, the last one of fewer.
 //   codes  [tiles][columns / 4][rows of the tile][4]; floating-point numbers: [tiles][columns][rows of the tile]
 //   scale  [tiles][input groups][rows of the tile]
