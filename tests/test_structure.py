@@ -11,7 +11,7 @@ import fewbits
 
 PACKAGE = Path(fewbits.__file__).parent
 
-OPEN = {"errors", "results"}
+OPEN = {"errors", "extensions", "results"}
 MAY_IMPORT: dict[str, set[str]] = {
     "formats": set(),
     "stats": {"formats", "kernels"},

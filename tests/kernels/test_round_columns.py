@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from fewbits import extensions
 from fewbits.formats import FORMATS, Grouped
 from fewbits.kernels import _compiled
 from fewbits.kernels.round_columns import at_positions, reference, round_columns
@@ -100,8 +101,8 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_the_reference_runs_where_nothing_is_compiled(monkeypatch, caplog):
-    monkeypatch.setenv(_compiled.SWITCH, "0")
-    _compiled.compiled.cache_clear()
+    monkeypatch.setenv(extensions.SWITCH, "0")
+    extensions.extension.cache_clear()
     try:
         format, w, params, feedback = case("int4-g128", 32, 8, 0.01)
         with caplog.at_level(logging.WARNING):
@@ -110,4 +111,4 @@ def test_the_reference_runs_where_nothing_is_compiled(monkeypatch, caplog):
         assert torch.equal(codes, reference(format, w.clone(), feedback, params, w)[0])
         assert caplog.text.count("slower references") == 1
     finally:
-        _compiled.compiled.cache_clear()
+        extensions.extension.cache_clear()

@@ -6,46 +6,31 @@ threads there are, nor on which rows are run together: every number is summed in
 
 from __future__ import annotations
 
-import importlib
-import logging
 import os
 import time
 from collections.abc import Callable
-from functools import lru_cache, singledispatchmethod
+from functools import singledispatchmethod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fewbits.errors import UnsupportedError
+from fewbits.extensions import extension
 from fewbits.runtime.ops import Add, Attend, Embed, Experts, Gate, Linear, Norm, Op, Program, Select, Softcap
 from fewbits.runtime.reference import Floats, Kv, ReferenceRunner
 from fewbits.runtime.runner import MOST_ROWS, Numbers, Runner
 from fewbits.runtime.tiles import Array, Direct, Offset, Scale, Stepped, Tiles, Weight, Zeros
 
-log = logging.getLogger(__name__)
-
-SWITCH = "FEWBITS_COMPILED"
-"""Environment variable: `0` leaves the compiled kernels alone, so that their references run."""
 PATIENCE = 2.0
 """Seconds of work after which more is expected."""
 TARGET = "FEWBITS_TARGET"
 """Environment variable: the name of the target whose kernels run, of `targets()`; the best one if it is not set."""
 
 
-@lru_cache
 def compiled() -> Any | None:
-    """The extension module; None, said once, where it was not built or is switched off."""
-    if os.environ.get(SWITCH) == "0":
-        log.warning("compiled kernels are switched off (%s=0): the slower references run", SWITCH)
-        return None
-    try:
-        return importlib.import_module("fewbits.runtime._runtime")
-    except ImportError as error:
-        log.warning(
-            "no compiled kernels, the slower references run: %s; install fewbits with a C++20 compiler and CMake", error
-        )
-        return None
+    """The extension module; None where there is none (`fewbits.extensions`)."""
+    return extension("fewbits.runtime._runtime")
 
 
 def targets() -> list[str]:
