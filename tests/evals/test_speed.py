@@ -212,6 +212,15 @@ def test_llama_bench_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found(model).program == tmp_path / "llama-bench"
 
 
+def test_llama_bench_waits_as_its_authors_mean(
+    peer: LlamaBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # what the command line sets for torch
+    script(peer.program, f'echo "${{OMP_WAIT_POLICY-none}}" >> {tmp_path}/seen; cat {tmp_path}/recorded.json')
+    peer.run(8, 8, 1)
+    assert (tmp_path / "seen").read_text() == "none\n"
+
+
 def test_llama_bench_leaves_a_test_out(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(json.dumps(json.loads(RECORDED)[:1]))
     bench = LlamaBench(script(tmp_path / "llama-bench", f"cat {tmp_path}/one.json"), tmp_path / "model.gguf")

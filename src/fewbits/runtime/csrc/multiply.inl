@@ -2,8 +2,8 @@
 //
 // Columns go by in slabs. A slab of a few panels is decoded into bytes that stay in the first-level cache (codes of 8
 // bits already are bytes, and stay where they are), its params into floats; then every tile of inputs is multiplied
-// with it. So decoding is done once for all rows of inputs. One row or two take another way (`stream`), because what
-// bounds them is how fast the weight comes from memory.
+// with it. So decoding is done once for all rows of inputs. Few rows take another way (`stream`), because what bounds
+// them is how fast the weight comes from memory.
 //
 // The arithmetic of a tile of M rows, per step of four columns: a load for each vector of 16 weights' rows, a broadcast
 // for each row of inputs, M · vectors instructions of 4 · LANES multiply-adds. With 2 × 6 (AVX-512) 12 such instructions
@@ -481,8 +481,9 @@ Slab open_slab(const Weight& w, std::int64_t panel, int count, std::int64_t colu
 
 // ---- few rows of inputs ----
 //
-// One row is multiplied as fast as the weight comes from memory, so it goes straight from there into registers: decoded
-// block by block, multiplied, dropped. Fetching is spread over the arithmetic evenly, which a slab in two passes is not.
+// A few rows are multiplied as fast as the weight comes from memory, so it goes straight from there into registers:
+// decoded block by block, multiplied, dropped. Fetching is spread over the arithmetic evenly, which a slab in two passes
+// is not, and there is one stream of codes: two panels abreast would share what is broadcast, but are read more slowly.
 
 // LANES params of a panel from a row on. groups, factors: of a panel; `scale`: what zero-points are multiplied by.
 inline Float param(const Params& p, const Cursor& c, std::int64_t groups, std::int64_t factors, std::int64_t panel, int row,

@@ -6,6 +6,9 @@
 // AVX2 and AVX-512 without VNNI multiply bytes into 16-bit sums of two, which saturate. Codes of at most 7 bits are
 // safe (2 · 127 · 127 < 2^15); wider ones are taken as 16 · high + low (`dot_wide`). ARM's dot product takes signed
 // bytes: wide codes are shifted by 128 (SHIFTED), and so is their zero.
+//
+// TILE: rows of inputs beside two panels (or one) that fill the registers; STREAMED: those beside one panel whose codes
+// come straight from memory, and PASSES how often those may be read.
 #pragma once
 
 #include <cstdint>
