@@ -121,6 +121,47 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class LossPoint:
+    """A place of a loss curve, after so many steps: mean loss of the steps before it, and the loss on held-out text."""
+
+    step: int
+    loss: float | None
+    held_out: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training did.
+
+    before, after: the loss on held-out text, which is the divergence from the teacher in nats a token unless another
+    one was asked for. tokens: that were trained on, windows seen again counted again. seconds: all of the run.
+    """
+
+    source: str
+    output: str
+    kind: str
+    format: str
+    start: str
+    data: str
+    steps: int
+    tokens: int
+    seconds: float
+    before: float
+    after: float
+    curve: tuple[LossPoint, ...]
+    source_bytes: int
+    output_bytes: int
+    weights: int
+    verified_with: str | None
+    tensors: tuple[TensorReport, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight over the whole model, kept tensors and scales included."""
+        return 8 * sum(t.nbytes for t in self.tensors) / self.weights
+
+
+@dataclass(frozen=True)
 class Figure:
     """A measured value and its standard error."""
 

@@ -12,8 +12,8 @@ from training import draw, mlp
 from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import FORMATS, Affine, Format, Grouped, QTensor, format_named
 from fewbits.methods import METHODS, Block
-from fewbits.methods._fake_quant import Rescaling, Rounding
 from fewbits.methods._windows import batches
+from fewbits.methods.fake_quant import Rescaling, Rounding
 from fewbits.methods.gptq import GPTQ
 from fewbits.methods.products import product_type
 from fewbits.methods.rtn import RoundToNearest

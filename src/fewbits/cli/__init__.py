@@ -38,6 +38,7 @@ from fewbits.cli import (
     methods,
     plan,
     quantize,
+    train,
     verify,
 )
 from fewbits.cli._print import EXIT_CODES, console, error, printed
@@ -47,6 +48,7 @@ from fewbits.results import as_json
 VERBS = (
     plan,
     quantize,
+    train,
     verify,
     evaluate,
     generate,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +80,11 @@ class LayeredModel:
             for placement in self._placements
             for pattern, weight in placement.sources
         }
+
+    @property
+    def path(self) -> Path:
+        """Where its checkpoint is."""
+        return self._reader.path
 
     @property
     def values(self) -> dict[str, Any]:

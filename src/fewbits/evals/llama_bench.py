@@ -2,8 +2,8 @@
 
 It is given prompt and new tokens and threads, and prints a JSON array with one object a test. We take `avg_ts`, tokens
 a second: of the test with `n_prompt` and without `n_gen` the prefill, of the other one the decode. Before each test it
-warms up by itself. Keys and values are its FP16 whatever ours are. Its threads wait as its authors mean them to: fewbits'
-own commands let OpenMP's threads sleep instead of spin (torch's must), and llama.cpp's would be several times slower so.
+warms up by itself. Keys and values are its FP16 whatever ours are. Its threads wait as its authors mean them to: our
+own commands let OpenMP's threads sleep instead of spin (torch's must), which makes llama.cpp's several times slower.
 """
 
 from __future__ import annotations

@@ -54,9 +54,9 @@ class Rescaling:
     """
 
     def __init__(self, start: QTensor) -> None:
-        self.format, self._shape = _levelled(start.format), start.shape
+        self.format, self._shape = levelled(start.format), start.shape
         self._start = start.params
-        self.change = _still(self.format, start.params)
+        self.change = still(self.format, start.params)
         codes = self.format.grouped(start.codes)
         self.choice = Choice(codes, start.params)
         self._values = torch.empty(0)
@@ -97,9 +97,9 @@ class Rounding(Rescaling):
         at = per_number(start.params)
         self._values = self.format.decode_at(self.choice.codes, at)
         w = self.format.grouped(w.float())
-        low, high = _ends(self.format, at)
-        self._gap = _gaps(self.format, at, self._values, w)
-        self._w = w.clamp(self._values - INSIDE * self._gap, self._values + INSIDE * self._gap)
+        low, high = ends(self.format, at)
+        self._gap = gaps(self.format, at, self._values, w)
+        self._w = into_cells(w, self._values, self._gap)
         self._inside = self._w.where((w >= low) & (w <= high), 0.0)
         self._shift = torch.zeros_like(self._w)
 
@@ -128,13 +128,13 @@ def per_number(params: Params) -> Params:
     return {key: p.unsqueeze(-1) for key, p in params.items()}
 
 
-def _still(format: Grouped, params: Params) -> Tensor | None:
+def still(format: Grouped, params: Params) -> Tensor | None:
     """δ = 0 for every scale; None where the format does not let them move."""
     scale = format.scale_at(params)
     return None if format.rescaled(params, torch.ones_like(scale)) is params else torch.zeros_like(scale)
 
 
-def _levelled(format: Format) -> Grouped:
+def levelled(format: Format) -> Grouped:
     if not isinstance(format, Grouped) or format.levels is None:
         raise UnsupportedError(
             f"{format.name}: its numbers are not levels times a scale, so there is no rounding to train; use rtn"
@@ -142,23 +142,28 @@ def _levelled(format: Format) -> Grouped:
     return format
 
 
-def _gaps(format: Grouped, at: Params, values: Tensor, w: Tensor) -> Tensor:
+def into_cells(w: Tensor, values: Tensor, gap: Tensor) -> Tensor:
+    """w moved, as little as possible, to where it is rounded to `values`; all in the grouped view."""
+    return w.clamp(values - INSIDE * gap, values + INSIDE * gap)
+
+
+def gaps(format: Grouped, at: Params, values: Tensor, w: Tensor) -> Tensor:
     """From each value (grouped view) to the next level in w's direction; inward from the last one. Broadcasts to w."""
     assert format.levels is not None
     levels = format.levels.to(w.device)
-    gaps = levels.diff()
-    if bool((gaps == gaps[0]).all()):
-        low, high = _ends(format, at)
-        return (high - low) / (levels[-1] - levels[0]) * gaps[0]
+    steps = levels.diff()
+    if bool((steps == steps[0]).all()):
+        low, high = ends(format, at)
+        return (high - low) / (levels[-1] - levels[0]) * steps[0]
     scale = format.scale_at(at)
     # values / scale is a level but for rounding, so the nearest midpoints are far away
-    index = torch.searchsorted(levels[:-1] + gaps / 2, values / torch.where(scale != 0, scale, 1.0))
+    index = torch.searchsorted(levels[:-1] + steps / 2, values / torch.where(scale != 0, scale, 1.0))
     index -= ((w < values) ^ (scale < 0)).to(index.dtype)
-    return gaps[index.clamp_(0, len(gaps) - 1)] * scale.abs()
+    return steps[index.clamp_(0, len(steps) - 1)] * scale.abs()
 
 
-def _ends(format: Grouped, at: Params) -> tuple[Tensor, Tensor]:
+def ends(format: Grouped, at: Params) -> tuple[Tensor, Tensor]:
     """The least and the largest number of each group, by the format's own arithmetic; they broadcast to its view."""
     like = max((p for p in at.values() if p.is_floating_point()), key=Tensor.numel)
-    ends = [format.decode_at(format.round_at(torch.full_like(like, end), at), at) for end in (-1e30, 1e30)]
-    return torch.minimum(*ends), torch.maximum(*ends)
+    found = [format.decode_at(format.round_at(torch.full_like(like, end), at), at) for end in (-1e30, 1e30)]
+    return torch.minimum(*found), torch.maximum(*found)

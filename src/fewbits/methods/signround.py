@@ -1,7 +1,7 @@
 """SignRound: a block's rounding and scales are trained so that the block returns what the original returns.
 
 Cheng et al. 2023, arXiv:2309.05516 (the method of AutoRound). Every weight may be shifted by up to half a level before
-it is rounded, every scale may move (`_fake_quant`), and what is minimised is
+it is rounded, every scale may move (`fake_quant`), and what is minimised is
 
     mean (block(x̂; Ŵ) − block(x; W))²
 
@@ -34,10 +34,10 @@ from torch import Tensor
 
 from fewbits.errors import UnsupportedError
 from fewbits.formats import Float, Format, QTensor
-from fewbits.methods._fake_quant import Choice, Rounding
 from fewbits.methods._windows import batches
 from fewbits.methods.base import Solver
 from fewbits.methods.block import Block, Stats
+from fewbits.methods.fake_quant import Choice, Rounding
 from fewbits.methods.products import product_type, products_in
 from fewbits.methods.rtn import RoundToNearest
 

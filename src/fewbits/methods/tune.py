@@ -5,7 +5,7 @@ Solvers see one block and the squared error of its outputs. What counts in the e
     KL(p ‖ q) = Σ_t p(t) · (ln p(t) − ln q(t)),      p the original's, q the quantized model's,
 
 and with the codes fixed that can be minimised end to end: a number is its code's level times a scale, so a scale's
-gradient is a sum over its group (`_fake_quant`), and there are only as many of them as groups. Scales are what PEQA
+gradient is a sum over its group (`fake_quant`), and there are only as many of them as groups. Scales are what PEQA
 trains (Kim et al. 2023, arXiv:2305.14152) and the second stage of EfficientQAT (Chen et al. 2024, arXiv:2407.11062,
 section 3.3); the divergence as the loss is that of LLM-QAT (Liu et al. 2023, arXiv:2305.17888). Formats whose scales
 are too coarse to be moved a little (powers of two, FP8, double quantization) keep theirs. AdamW without decay on
@@ -32,10 +32,10 @@ from torch import Tensor
 
 from fewbits.errors import UnsupportedError
 from fewbits.formats import Float, QTensor
-from fewbits.methods._fake_quant import Choice, Rescaling
 from fewbits.methods._windows import batches
 from fewbits.methods.base import Finished, Finisher, Quantized
 from fewbits.methods.block import Block
+from fewbits.methods.fake_quant import Choice, Rescaling
 from fewbits.methods.products import product_type, products_in
 
 CHECKS = 5

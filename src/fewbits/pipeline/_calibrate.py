@@ -158,11 +158,19 @@ def solve(job: Job, ready: Ready, progress: Progress | None) -> Iterator[Job]:
 
 
 @contextmanager
-def solving(job: Job, ready: Ready, progress: Progress | None, folder: Path | None = None) -> Iterator[Run]:
-    """Solve the blocks that the journal has not. folder: of the journal, by default beside the output."""
+def solving(
+    job: Job,
+    ready: Ready,
+    progress: Progress | None,
+    folder: Path | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Iterator[Run]:
+    """Solve the blocks that the journal has not. folder: of the journal, by default beside the output. facts: what
+    else decides the output.
+    """
     work = ready.work
     steps = len(work.model.layers) * (1 + len(work.recipe.finishers))
-    with Journal(folder or unfinished(job.out), ready.facts(job), work.formats) as journal:
+    with Journal(folder or unfinished(job.out), {**ready.facts(job), **(facts or {})}, work.formats) as journal:
         put_vocabulary(work, ready.windows.ids, journal, ready.calibration.memory)
         streams = Streams(
             work.model,

@@ -156,7 +156,7 @@ def _report(job: Job, piece: Piece, choice: Choice, error: float, digests: Mappi
         nbytes=choice.format.nbytes(piece.shape),
         method=method if changed else None,
         error=error if changed else None,
-        reason=f"rewritten by {job.recipe.name}" if transformed and not changed else choice.reason,
+        reason=f"rewritten by {job.method_name}" if transformed and not changed else choice.reason,
         digests=digests,
         source=piece.source,
         transformed=transformed or None,

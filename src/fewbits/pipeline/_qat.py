@@ -1,0 +1,256 @@
+"""Quantization-aware training, told once: solve as any calibrated run does, train what came out, write and prove that.
+
+The start is a run of its own that ends in the journal (`_calibrate`). Training makes one more stage of it, whose
+matrices and other parameters then go into the file as those of any other stage do: so what is written is what was
+trained, and a killed run goes on at the stage, and in the training at the step, that it had reached.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fewbits.engine import fast_float32, load
+from fewbits.errors import UnsupportedError
+from fewbits.evals import Windows
+from fewbits.evals.tokenizer import tokenizer_of
+from fewbits.evals.whole_text import read_all
+from fewbits.formats import Format, QTensor
+from fewbits.methods.products import product_type
+from fewbits.models import Slot
+from fewbits.pipeline._blocks import SolvedBlock, Work, relative_error, scale_name
+from fewbits.pipeline._calibrate import SOLVED, Calibration, Progress, Run, make_ready, solving
+from fewbits.pipeline._estimate import check_room, source_bytes
+from fewbits.pipeline._job import Job, prepare
+from fewbits.pipeline._journal import Journal
+from fewbits.pipeline._quantize import output_bytes, proven
+from fewbits.pipeline._stream import run as write
+from fewbits.pipeline._vocabulary import VOCABULARY
+from fewbits.plan.rules import parse
+from fewbits.results import Training
+from fewbits.train import Course, FakeInputs, Length, Loss, Matrix, Student, Trained, train
+from fewbits.train.data import Packed
+
+QAT = "qat"  # stage of the journal
+START_SHARE, WRITING_SHARE = 0.1, 0.05  # of the progress bar
+BAR = 10_000
+
+
+@dataclass(frozen=True)
+class Qat:
+    """How a model is trained in a format.
+
+    length: when it ends. batch: windows a step, `accumulate` of them one after the other. rate: of latent weights, in
+    levels a step; scale_rate, free_rate: relative, of scales, and of norms and whatever else is not quantized.
+    held_out: windows that are only measured. teacher: a model to learn from, by default the one that is quantized.
+    """
+
+    length: Length = field(default_factory=Length)
+    window: int = 256
+    batch: int = 8
+    accumulate: int = 1
+    rate: float = 1e-3
+    scale_rate: float = 1e-4
+    free_rate: float = 3e-4
+    held_out: int = 16
+    loss: Loss = field(default_factory=Loss)
+    teacher: str | Path | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+
+def train_qat(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: str | Format,
+    data: str | Path,
+    qat: Qat | None = None,
+    start: str = "gptq",
+    inputs: str | None = None,
+    kind: str | None = None,
+    vocabulary: str | Format | None = None,
+    overrides: Mapping[str, str | Format] | None = None,
+    pretokenizer: str | None = None,
+    prove: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Training:
+    """Train a model in a format, from a post-training result on, and write it.
+
+    model, out, format, inputs, kind, vocabulary, overrides, prove, progress: as `fewbits.quantize` takes them.
+    data: text to train on, a file that `evaluate` would take; its last windows are held out. start: the method that
+    makes what training begins with; no transforms.
+    Started again with the same arguments after a kill or Ctrl-C it goes on from the last saved state. Raises a
+    FewbitsError; then nothing is left at `out`, and KeyboardInterrupt once the state is saved.
+    """
+    began, qat = time.monotonic(), qat or Qat()
+    job = prepare(
+        model,
+        out,
+        format=format,
+        method=start,
+        kind=kind,
+        vocabulary=vocabulary,
+        overrides=overrides,
+        pretokenizer=pretokenizer,
+        inputs=inputs,
+        cache=None,
+    )
+    if job.recipe.transforms:
+        raise UnsupportedError(f"start '{start}': training begins with the model's own weights; leave transforms out")
+    text, held = _text(job, data, qat)
+    calibration = Calibration(text=replace(text, ids=text.ids[: 128 + 8]), length=qat.window, device=qat.device)
+    stages = _Stages(progress)
+    with fast_float32(qat.device):
+        ready = make_ready(job, calibration)
+        check_room(job.out, ready.need.disk)
+        facts = {"training": repr(replace(qat, length=Length())), "text": text.digest}
+        with solving(job, ready, stages.next(START_SHARE), facts=facts) as solved:
+            trained = _trained(solved, text, held, qat, stages.next(1 - START_SHARE - WRITING_SHARE))
+            done = replace(solved, stage=QAT, divergence=trained.after).job(replace(job, finished_by=(QAT,)))
+            reports = write(done, threads or os.cpu_count() or 1, stages.next(WRITING_SHARE / 2))
+            decoder = proven(done, stages.next(WRITING_SHARE / 2)) if prove else None
+            solved.journal.remove()
+    return Training(
+        source=str(job.source),
+        output=str(job.out),
+        kind=job.kind.name,
+        format=parse(format).name,
+        start=start,
+        data=text.description,
+        steps=trained.steps,
+        tokens=trained.steps * qat.batch * qat.accumulate * qat.window,
+        seconds=time.monotonic() - began,
+        before=trained.before,
+        after=trained.after,
+        curve=trained.curve,
+        source_bytes=source_bytes(job.reader),
+        output_bytes=output_bytes(job.out),
+        weights=sum(entry.weights for entry in job.entries),
+        verified_with=decoder,
+        tensors=reports,
+    )
+
+
+class _Stages:
+    """One progress bar over several stages."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress, self._reached = progress, 0.0
+
+    def next(self, share: float) -> Progress | None:
+        if self._progress is None:
+            return None
+        progress, begin = self._progress, self._reached
+        self._reached += share
+        return lambda done, total, label: progress(round(BAR * (begin + share * done / max(total, 1))), BAR, label)
+
+
+def _text(job: Job, data: str | Path, qat: Qat) -> tuple[Windows, Windows]:
+    """The windows to train on, and those that are held out."""
+    found = read_all(data, tokenizer_of(job.reader.path), qat.window)
+    held = min(qat.held_out, len(found.ids) // 4)
+    if held == 0:
+        raise UnsupportedError(
+            f"{data}: {len(found.ids)} windows of {qat.window} tokens are too few to train on and to hold some out; "
+            "give a longer text"
+        )
+    return replace(found, ids=found.ids[:-held]), replace(found, ids=found.ids[-held:])
+
+
+def _trained(run: Run, text: Windows, held: Windows, qat: Qat, progress: Progress | None) -> Trained:
+    """Train what a run solved, and put what becomes of it into the run's journal."""
+    work = run.ready.work
+    torch.manual_seed(qat.seed)
+    original = load(work.model.path, device=qat.device, packed=False)
+    teacher = None if qat.teacher is None else load(qat.teacher, device=qat.device, packed=False)
+    solved = [run.journal.load(SOLVED, index) for index in range(len(work.model.layers))]
+    student = student_of(run, original, teacher, solved, qat).to(qat.device)
+    optimizer = torch.optim.AdamW(
+        student.groups(qat.rate, qat.scale_rate, qat.free_rate), betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    course = Course(qat.length.minutes, qat.length.steps)
+    trained = train(
+        student,
+        optimizer,
+        course,
+        Packed(text.ids),
+        Packed(held.ids),
+        run.journal.folder / "training",
+        progress,
+        per_device_train_batch_size=qat.batch,
+        per_device_eval_batch_size=qat.batch,
+        gradient_accumulation_steps=qat.accumulate,
+        label_names=["input_ids"],
+        seed=qat.seed,
+        max_grad_norm=1.0,
+    )
+    _keep(run, student, solved, original)
+    return trained
+
+
+def student_of(
+    run: Run, original: PreTrainedModel, teacher: PreTrainedModel | None, solved: list[SolvedBlock], qat: Qat
+) -> Student:
+    """The student that begins as what a run solved."""
+    work, parameters = run.ready.work, dict(original.named_parameters())
+    starts = {name: q for block in solved for name, q in block.matrices.items()}
+    scales = {name: scale for block in solved for name, scale in block.scales.items()}
+    quantized = {slot.parameter for slot in (*work.slots.values(), *work.vocabulary.values())}
+    free = {name: t for name, t in work.dtypes.items() if name in parameters and name not in quantized}
+    rounded = work.rounded.inputs
+    inputs = {name: FakeInputs(rounded[name], scales.get(scale_name(name))) for name in starts if name in rounded}
+    return Student(
+        original,
+        {name: Matrix(work.slots[name], q) for name, q in starts.items()},
+        free=free,
+        fixed=_vocabulary(work, run.journal, parameters),
+        inputs=inputs,
+        teacher=teacher,
+        loss=qat.loss,
+        products=product_type((q.format for q in starts.values()), work.model.device),
+    )
+
+
+def _vocabulary(work: Work, journal: Journal, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Embeddings and projection to the vocabulary as the file has them, where they are quantized."""
+    if not work.vocabulary:
+        return {}
+    found: dict[str, Tensor] = {}
+    for name, q in journal.load(VOCABULARY, 0).matrices.items():
+        slot = work.vocabulary[name]
+        whole = found.setdefault(slot.parameter, parameters[slot.parameter].detach().float().clone())
+        slot.put(whole, q.dequantize())
+    return found
+
+
+def _keep(run: Run, student: Student, solved: list[SolvedBlock], original: PreTrainedModel) -> None:
+    """The trained stage of the journal: a block's matrices, what else changed in it, and the scales of its inputs."""
+    work, tensors, written = run.ready.work, student.tensors(), student.written()
+    scales = {scale_name(name): value for name, value in student.input_scales().items()}
+    for index, before in enumerate(solved):
+        prefix = f"{work.model.layers[index]}."
+        matrices = {name: _on_cpu(tensors[name]) for name in before.matrices}
+        errors = {name: relative_error(_matrix(original, work.slots[name]), q) for name, q in matrices.items()}
+        changed = {name: value.cpu() for name, value in written.items() if name.startswith(prefix)}
+        found = {name: scales.get(name, value).cpu() for name, value in before.scales.items()}
+        run.journal.save(QAT, index, SolvedBlock(matrices, changed, errors, found))
+    inside = tuple(f"{name}." for name in work.model.layers)
+    outside = {name: value.cpu() for name, value in written.items() if not name.startswith(inside)}
+    run.journal.save(QAT, len(solved), SolvedBlock({}, outside, {}))
+
+
+def _matrix(model: PreTrainedModel, slot: Slot) -> Tensor:
+    return slot.take(model.get_parameter(slot.parameter).detach().float().cpu())
+
+
+def _on_cpu(q: QTensor) -> QTensor:
+    return QTensor(q.format, q.codes.cpu(), {key: value.cpu() for key, value in q.params.items()})

@@ -1,0 +1,229 @@
+"""How long a training goes on, what is said of it meanwhile, and how it is stopped and taken up again.
+
+Training itself runs on transformers' Trainer. A *course* is its callback: it ends the training after so many minutes or
+steps, lets the learning rate follow (a short rise, then half a cosine down to a twentieth), measures on held-out text
+now and then, and saves the state every few minutes and when Ctrl-C is pressed, so that the same command goes on from
+there. Minutes are those of training, over all sessions.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+
+from fewbits.errors import QualityError
+from fewbits.results import LossPoint
+
+Progress = Callable[[int, int, str], None]
+WARM_UP = 0.03
+"""Share of the training in which the rate rises."""
+FLOOR = 0.05
+"""Share of the rate that is left in the end."""
+MEASURED = 10
+"""How often held-out text is measured."""
+SAVED = 300.0
+"""Seconds between saved states."""
+BAR = 1000
+
+
+@dataclass(frozen=True)
+class Length:
+    """When training ends: after so many minutes or steps of the optimizer, whichever comes first."""
+
+    minutes: float | None = 30.0
+    steps: int | None = None
+
+    def share(self, seconds: float, steps: int) -> float:
+        """How much of it is over, 0 to 1."""
+        by_time = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
+        by_steps = 0.0 if self.steps is None else steps / self.steps
+        return min(1.0, max(by_time, by_steps))
+
+
+class Course(TrainerCallback, ExportableState):
+    """The callback. spent: seconds of training in sessions before this one."""
+
+    def __init__(self, minutes: float | None, steps: int | None, spent: float = 0.0) -> None:
+        self.length = Length(minutes, steps)
+        self.spent, self.step, self.loss = spent, 0, math.nan
+        self.interrupted = False
+        self.progress: Progress | None = None
+        self._since: float | None = None
+        self._saved = self._measured = 0.0
+
+    def state(self) -> dict[str, Any]:
+        arguments = {"minutes": self.length.minutes, "steps": self.length.steps, "spent": self.seconds}
+        return {"args": arguments, "attributes": {}}
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far."""
+        return self.spent + (0.0 if self._since is None else time.monotonic() - self._since)
+
+    @property
+    def share(self) -> float:
+        return self.length.share(self.seconds, self.step)
+
+    def rate(self, _: int = 0) -> float:
+        """The learning rate now, in units of the highest."""
+        if self.share < WARM_UP:
+            return max(self.share / WARM_UP, FLOOR)
+        over = (self.share - WARM_UP) / (1 - WARM_UP)
+        return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * over))
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._since, self.step = time.monotonic(), state.global_step
+        self._saved, self._measured = self.seconds, self.share
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.step = state.global_step
+        ended = self.share >= 1
+        control.should_training_stop = ended or self.interrupted
+        control.should_save = not ended and (self.interrupted or self.seconds - self._saved > SAVED)
+        control.should_evaluate = not control.should_training_stop and self.share - self._measured >= 1 / MEASURED
+        if control.should_save:
+            self._saved = self.seconds
+        if control.should_evaluate:
+            self._measured = self.share
+        if self.progress is not None:
+            self.progress(round(BAR * self.share), BAR, f"step {self.step}, loss {self.loss:.4g}")
+
+
+class CheckedTrainer(Trainer):
+    """A Trainer that ends with an error at the first loss that is no number."""
+
+    def __init__(self, course: Course, **more: Any) -> None:
+        super().__init__(**more)
+        self._course = course
+        self.add_callback(course)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **more: Any) -> Any:
+        found = super().compute_loss(model, *args, **more)
+        loss: Tensor = (found[0] if isinstance(found, tuple) else found).detach()
+        if not bool(torch.isfinite(loss)):
+            raise QualityError(_not_finite(model, self._course.step + 1, float(loss)))
+        if model.training:
+            self._course.loss = float(loss)
+        return found
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to. before, after: the loss on held-out text; curve: of training and held-out losses."""
+
+    steps: int
+    seconds: float
+    before: float
+    after: float
+    curve: tuple[LossPoint, ...]
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    course: Course,
+    data: Dataset[Any],
+    held: Dataset[Any],
+    folder: Path,
+    progress: Progress | None = None,
+    collate: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+    **arguments: Any,
+) -> Trained:
+    """Train until the course is over; `folder` keeps the states, and where it has one, training goes on from it.
+
+    arguments: of TrainingArguments. Raises KeyboardInterrupt once the state is saved if Ctrl-C was pressed,
+    QualityError where the loss becomes NaN or Inf.
+    """
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=course.length.steps or 2**31 - 1,
+        save_strategy="no",
+        save_total_limit=1,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        restore_callback_states_from_checkpoint=True,
+        dataloader_pin_memory=False,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        **arguments,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, course.rate)
+    trainer = CheckedTrainer(
+        course=course,
+        model=model,
+        args=settings,
+        train_dataset=data,
+        eval_dataset=held,
+        data_collator=collate,
+        optimizers=(optimizer, schedule),
+    )
+    _keep_quiet(trainer)
+    course.progress = progress
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    before = trainer.evaluate()["eval_loss"] if last is None else math.nan
+    with _interruptible(course):
+        trainer.train(resume_from_checkpoint=last)
+    if course.interrupted:
+        raise KeyboardInterrupt(
+            f"interrupted after {course.step} steps; the state is kept, and the same command goes on"
+        )
+    history = trainer.state.log_history
+    after = trainer.evaluate()["eval_loss"]
+    return Trained(course.step, course.seconds, before, after, _curve(history))
+
+
+def _keep_quiet(trainer: Trainer) -> None:
+    """Leave out what prints to stdout: the command line says what is worth saying."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _curve(history: list[dict[str, Any]]) -> tuple[LossPoint, ...]:
+    steps = sorted({entry["step"] for entry in history if "loss" in entry or "eval_loss" in entry})
+    losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    held = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    return tuple(LossPoint(step, losses.get(step), held.get(step)) for step in steps)
+
+
+@contextmanager
+def _interruptible(course: Course) -> Iterator[None]:
+    """Within it, the first Ctrl-C ends the training after its step, its state saved; the second ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        course.interrupted = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _not_finite(model: nn.Module, step: int, loss: float) -> str:
+    """Which loss, when, and the first tensor that is no longer made of numbers."""
+    named = [(name, p) for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
+    where = (
+        f"the first tensor with numbers that are none is {named[0][0]}" if named else "all trained tensors are finite"
+    )
+    return f"the loss is {loss} at step {step}: {where}; train at a lower rate, or look at the text of that step"
