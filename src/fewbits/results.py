@@ -162,6 +162,31 @@ class Training:
 
 
 @dataclass(frozen=True)
+class AdapterTraining:
+    """What the training of an adapter did.
+
+    base: format of the frozen base; its bytes, and what they would be in 16 bits. before, after: loss on held-out
+    samples, nats a token that is a target. notes: what was noticed about the data.
+    """
+
+    source: str
+    output: str
+    base: str
+    data: str
+    rank: int
+    trained_weights: int
+    base_bytes: int
+    base_bytes_in_16_bits: int
+    steps: int
+    tokens: int
+    seconds: float
+    before: float
+    after: float
+    curve: tuple[LossPoint, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Figure:
     """A measured value and its standard error."""
 

@@ -21,7 +21,7 @@ FINEST = 32
 def product_type(formats: Iterable[Format], device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it in hardware and all the formats are coarse; else float32."""
     coarse = all(format.levels is not None and len(format.levels) <= FINEST for format in formats)
-    return torch.bfloat16 if coarse and _multiplies_bf16(device) else torch.float32
+    return torch.bfloat16 if coarse and multiplies_bf16(device) else torch.float32
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
@@ -29,7 +29,8 @@ def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextMana
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
-def _multiplies_bf16(device: torch.device) -> bool:
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has units for it."""
     if device.type == "cpu":
         found = torch.cpu.get_capabilities()
         return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))

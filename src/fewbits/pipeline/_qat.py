@@ -108,7 +108,7 @@ def train_qat(
         raise UnsupportedError(f"start '{start}': training begins with the model's own weights; leave transforms out")
     text, held = _text(job, data, qat)
     calibration = Calibration(text=replace(text, ids=text.ids[: 128 + 8]), length=qat.window, device=qat.device)
-    stages = _Stages(progress)
+    stages = Stages(progress)
     with fast_float32(qat.device):
         ready = make_ready(job, calibration)
         check_room(job.out, ready.need.disk)
@@ -140,7 +140,7 @@ def train_qat(
     )
 
 
-class _Stages:
+class Stages:
     """One progress bar over several stages."""
 
     def __init__(self, progress: Progress | None) -> None:

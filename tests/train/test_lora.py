@@ -1,0 +1,139 @@
+"""LoRA on quantized layers: PEFT takes them, gradients are those of the decoded model, nothing is merged in silence."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import fewbits
+from fewbits.errors import UnsupportedError
+from fewbits.formats import FORMATS, QTensor
+from fewbits.kernels import Packed, linear
+from fewbits.nn import PackedWeight, QuantizedLinear
+from fewbits.train.lora import LoraQuantizedLinear, adapted, factors, linear_layers, register, start_at_residual
+
+TINY = Path(fewbits.__file__).parent / "bundled" / "tiny"
+IDS = torch.arange(40, 80).view(2, 20)
+UNIT = 2.0**-24
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("lora") / "nf4"
+    fewbits.quantize(TINY, out, format="nf4-dq", kind="fewbits", prove=False)
+    return out
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ["nf4-dq", "int4-g32", "q4_k", "int8-tensor", "fp8-e4m3"])
+def test_the_way_back_through_a_packed_weight(name: str) -> None:
+    format, w = FORMATS.get(name, FORMATS["int8"]), 0.02 * draw(300, 256, seed=1)
+    codes, params = format.plain(w)
+    q = QTensor(format, codes, params)
+    x, bias, slope = draw(2, 5, 256, seed=2), draw(300, seed=3), draw(2, 5, 300, seed=4)
+    x.requires_grad_(True)
+    y = linear(x, Packed.of(q), bias)
+    with torch.no_grad():
+        assert (
+            torch.equal(y, linear(x, Packed.of(q), bias))
+            or float((y - linear(x, Packed.of(q), bias)).abs().max()) < 1e-5
+        )
+    (y * slope).sum().backward()
+    expected = slope.double() @ q.dequantize().double()
+    size = slope.abs().double() @ q.dequantize().abs().double()
+    assert x.grad is not None
+    assert bool(((x.grad - expected).abs() <= 300 * UNIT * size).all())  # sums of 300 in float32
+
+
+def test_a_packed_weight_is_not_kept_decoded() -> None:
+    """What the way back needs is the bytes: no float tensor of the matrix's size is saved."""
+    format, w = FORMATS["nf4"], 0.02 * draw(512, 512, seed=1)
+    codes, params = format.plain(w)
+    saved: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    x = draw(3, 512, seed=2).requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        linear(x, Packed.of(QTensor(format, codes, params)))
+    assert all(count < w.numel() for count in saved)
+
+
+def test_peft_takes_a_quantized_model(quantized: Path, tmp_path: Path) -> None:
+    """`get_peft_model` itself; what is saved and loaded again gives the same predictions."""
+    register()
+    model = fewbits.load(quantized)
+    layers = linear_layers(model)
+    found = get_peft_model(model, LoraConfig(r=4, target_modules=layers, task_type="CAUSAL_LM"))
+    wrapped = [m for m in found.modules() if isinstance(m, LoraQuantizedLinear)]
+    assert len(wrapped) == len(layers)
+    with torch.no_grad():
+        for module in wrapped:
+            module.lora_B["default"].weight.copy_(0.02 * draw(*module.lora_B["default"].weight.shape, seed=5))
+        expected = found(input_ids=IDS).logits
+    found.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(fewbits.load(quantized), tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, expected)
+
+
+def test_gradients_are_those_of_the_decoded_model(quantized: Path) -> None:
+    found = []
+    for packed in (True, False):
+        torch.manual_seed(0)
+        model = fewbits.load(quantized, packed=packed)
+        config = LoraConfig(
+            r=4, target_modules=linear_layers(model), task_type="CAUSAL_LM", init_lora_weights="gaussian"
+        )
+        whole = adapted(model, config, "tiny")
+        with torch.no_grad():
+            for i, p in enumerate(p for p in whole.parameters() if p.requires_grad):
+                p.copy_(0.05 * draw(*p.shape, seed=i))
+        whole(input_ids=IDS, labels=IDS).loss.backward()
+        found.append({name: p.grad for name, p in whole.named_parameters() if p.requires_grad})
+    packed_slopes, decoded_slopes = found
+    assert packed_slopes.keys() == decoded_slopes.keys()
+    assert len(packed_slopes) > 0
+    for name, slope in decoded_slopes.items():
+        assert slope is not None
+        assert float((packed_slopes[name] - slope).abs().max()) <= 1e-3 * float(slope.abs().max()), name
+
+
+def test_merging_is_refused(quantized: Path) -> None:
+    model = fewbits.load(quantized)
+    whole = adapted(model, LoraConfig(r=4, target_modules=linear_layers(model), task_type="CAUSAL_LM"), "tiny")
+    before = copy.deepcopy(whole.state_dict())
+    with pytest.raises(UnsupportedError, match="cannot be merged into a packed weight"):
+        whole.merge_and_unload()
+    assert all(torch.equal(value, before[name]) for name, value in whole.state_dict().items())
+
+
+def test_it_begins_at_what_the_format_lost() -> None:
+    w = 0.02 * draw(96, 64, seed=7)
+    codes, params = FORMATS["int2-g32"].plain(w)
+    layer = QuantizedLinear(PackedWeight.of(QTensor(FORMATS["int2-g32"], codes, params)))
+    model = torch.nn.Module()
+    model.layer = layer
+    module = LoraQuantizedLinear(layer, "default", config=LoraConfig(r=8, lora_alpha=4), r=8, lora_alpha=4)
+    model.layer = module
+    start_at_residual(model, lambda name: w)  # type: ignore[arg-type]
+    lost = w - layer.weight
+    u, s, v = torch.linalg.svd(lost.double())
+    best = (u[:, :8] * s[:8]) @ v[:8]
+    assert float((module.get_delta_weight("default").detach() - best).norm()) < 1e-4 * float(best.norm())
+
+
+def test_factors_are_equally_large() -> None:
+    a, b = factors(draw(20, 12, seed=1), 3)
+    assert a.shape == (3, 12)
+    assert b.shape == (20, 3)
+    assert float(a.norm()) == pytest.approx(float(b.norm()), rel=1e-5)
