@@ -7,6 +7,8 @@ trained, and a killed run goes on at the stage, and in the training at the step,
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -38,7 +40,10 @@ from fewbits.results import Training
 from fewbits.train import Course, FakeInputs, Length, Loss, Matrix, Student, Trained, train
 from fewbits.train.data import Packed
 
+log = logging.getLogger(__name__)
+
 QAT = "qat"  # stage of the journal
+CALIBRATED = 128 + 8  # windows that the start is calibrated on, held-out ones included
 START_SHARE, WRITING_SHARE = 0.1, 0.05  # of the progress bar
 BAR = 10_000
 
@@ -107,7 +112,9 @@ def train_qat(
     if job.recipe.transforms:
         raise UnsupportedError(f"start '{start}': training begins with the model's own weights; leave transforms out")
     text, held = _text(job, data, qat)
-    calibration = Calibration(text=replace(text, ids=text.ids[: 128 + 8]), length=qat.window, device=qat.device)
+    # Without a limit to the start's divergence: three levels and two are far away until they are trained.
+    few = replace(text, ids=text.ids[:CALIBRATED])
+    calibration = Calibration(text=few, length=qat.window, device=qat.device, limit=math.inf)
     stages = Stages(progress)
     with fast_float32(qat.device):
         ready = make_ready(job, calibration)
@@ -193,6 +200,8 @@ def _trained(run: Run, text: Windows, held: Windows, qat: Qat, progress: Progres
         seed=qat.seed,
         max_grad_norm=1.0,
     )
+    if trained.after > trained.before:
+        log.warning("training made it worse, %.4g → %.4g nats a token: lower the rate", trained.before, trained.after)
     _keep(run, student, solved, original)
     return trained
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -59,15 +60,21 @@ class Course(TrainerCallback, ExportableState):
 
     def __init__(self, minutes: float | None, steps: int | None, spent: float = 0.0) -> None:
         self.length = Length(minutes, steps)
-        self.spent, self.step, self.loss = spent, 0, math.nan
+        self.spent, self.step, self.loss, self.before = spent, 0, math.nan, math.nan
         self.interrupted = False
         self.progress: Progress | None = None
         self._since: float | None = None
         self._saved = self._measured = 0.0
 
     def state(self) -> dict[str, Any]:
-        arguments = {"minutes": self.length.minutes, "steps": self.length.steps, "spent": self.seconds}
-        return {"args": arguments, "attributes": {}}
+        """What the Trainer saves."""
+        return {"args": {}, "attributes": {"spent": self.seconds, "before": self.before}}
+
+    def go_on(self, saved: Path) -> float:
+        """Take up what an earlier session saved; the loss that it began with. (The Trainer would make another Course.)"""
+        found = TrainerState.load_from_json(str(saved / TRAINER_STATE_NAME)).stateful_callbacks[type(self).__name__]
+        self.spent, self.before = found["attributes"]["spent"], found["attributes"]["before"]
+        return self.before
 
     @property
     def seconds(self) -> float:
@@ -158,7 +165,6 @@ def train(
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        restore_callback_states_from_checkpoint=True,
         dataloader_pin_memory=False,
         use_cpu=next(model.parameters()).device.type == "cpu",
         **arguments,
@@ -176,7 +182,8 @@ def train(
     _keep_quiet(trainer)
     course.progress = progress
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    before = trainer.evaluate()["eval_loss"] if last is None else math.nan
+    before = trainer.evaluate()["eval_loss"] if last is None else course.go_on(Path(last))
+    course.before = before
     with _interruptible(course):
         trainer.train(resume_from_checkpoint=last)
     if course.interrupted:
