@@ -137,3 +137,7 @@ def test_factors_are_equally_large() -> None:
     assert a.shape == (3, 12)
     assert b.shape == (20, 3)
     assert float(a.norm()) == pytest.approx(float(b.norm()), rel=1e-5)
+    w = draw(20, 12, seed=1)
+    a, b = factors(w, 16)  # more than it has
+    assert a.shape == (16, 12)
+    assert float((b @ a - w).abs().max()) < 1e-5

@@ -105,7 +105,11 @@ def start_at_residual(model: LoraModel, original: Callable[[str], Tensor], adapt
 
 
 def factors(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [r, K] and B [N, r], equally large, whose product B·A is the nearest of that rank to w [N, K]."""
+    """A [r, K] and B [N, r], equally large, whose product B·A is the nearest of that rank to w [N, K]; filled up with
+    zeros where w has no more than fewer.
+    """
     u, s, v = torch.linalg.svd(w, full_matrices=False)
     root = s[:rank].sqrt()
-    return root[:, None] * v[:rank], u[:, :rank] * root
+    missing = rank - len(root)
+    pad = torch.nn.functional.pad
+    return pad(root[:, None] * v[:rank], (0, 0, 0, missing)), pad(u[:, :rank] * root, (0, missing))
