@@ -2,8 +2,8 @@
 
 Every side trains the same adapter (rank, rate, windows in the same order) on the first windows of a text and is
 measured on its last ones, by transformers' Trainer, in BF16 autocast where the machine has units for it. Our sides run
-in this environment: `--bases` are formats, and fp32 is the model itself. The peer runs in an environment of its own that
-has bitsandbytes, transformers and peft.
+in this environment: `--bases` are formats, and fp32 is the model itself. The peer runs in an environment of its own
+that has bitsandbytes, transformers and peft.
 
     python bench/qlora.py MODEL --text shakespeare.txt --steps 150 --bases fp32 nf4-dq
     python bench/qlora.py MODEL --text shakespeare.txt --steps 12 --bases nf4-dq --peer PYTHON --rounds 3

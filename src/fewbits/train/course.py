@@ -71,7 +71,7 @@ class Course(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"spent": self.seconds, "before": self.before}}
 
     def go_on(self, saved: Path) -> float:
-        """Take up what an earlier session saved; the loss that it began with. (The Trainer would make another Course.)"""
+        """Take up what an earlier session saved: the loss that it began with. (The Trainer would make a new Course.)"""
         found = TrainerState.load_from_json(str(saved / TRAINER_STATE_NAME)).stateful_callbacks[type(self).__name__]
         self.spent, self.before = found["attributes"]["spent"], found["attributes"]["before"]
         return self.before
