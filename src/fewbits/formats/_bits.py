@@ -31,8 +31,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(stream: Tensor, bits: int, in_features: int) -> Tensor:
     """The inverse of pack_bits: uint8 codes [..., in_features]."""
-    octets = -(-in_features // 8) * bits  # bytes that hold whole eights of codes
     data = stream.contiguous().view(torch.uint8)
+    if bits in (1, 2, 4):
+        return _unfold(data, bits).flatten(-2)[..., :in_features].contiguous()
+    octets = -(-in_features // 8) * bits  # bytes that hold whole eights of codes
     data = pad(data, (0, max(0, octets - data.shape[-1])))[..., :octets]
     eights = pad(data.reshape(*data.shape[:-1], -1, bits), (0, 8 - bits)).contiguous().view(torch.int64)
     shifts = torch.arange(0, 8 * bits, bits, device=stream.device)
@@ -47,6 +49,14 @@ def _fold(codes: Tensor, bits: int) -> Tensor:
         codes = (pairs | (pairs >> (8 - bits))).to(torch.uint8)
         bits *= 2
     return codes
+
+
+def _unfold(data: Tensor, bits: int) -> Tensor:
+    """bits in {1, 2, 4}: the codes of each byte, [..., bytes, 8 / bits]."""
+    codes = torch.empty((*data.shape, 8 // bits), dtype=torch.uint8, device=data.device)
+    for i in range(8 // bits):
+        torch.bitwise_right_shift(data, i * bits, out=codes[..., i])
+    return codes.bitwise_and_((1 << bits) - 1)
 
 
 def _pack_by_eights(codes: Tensor, bits: int) -> Tensor:
