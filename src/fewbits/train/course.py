@@ -26,7 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
-from fewbits.errors import QualityError
+from fewbits.errors import QualityError, UnsupportedError
 from fewbits.results import LossPoint
 
 Progress = Callable[[int, int, str], None]
@@ -43,10 +43,18 @@ BAR = 1000
 
 @dataclass(frozen=True)
 class Length:
-    """When training ends: after so many minutes or steps of the optimizer, whichever comes first."""
+    """When training ends: after so many minutes or steps of the optimizer, whichever comes first.
+
+    Raises UnsupportedError for a length of nothing, or none at all.
+    """
 
     minutes: float | None = 30.0
     steps: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.minutes, self.steps) if value is not None]
+        if not given or not all(value > 0 for value in given):
+            raise UnsupportedError(f"a training of {self.minutes} minutes, {self.steps} steps: give it more than 0")
 
     def share(self, seconds: float, steps: int) -> float:
         """How much of it is over, 0 to 1."""
