@@ -216,9 +216,11 @@ def test_llama_bench_waits_as_its_authors_mean(
     peer: LlamaBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # what the command line sets for torch
-    script(peer.program, f'echo "${{OMP_WAIT_POLICY-none}}" >> {tmp_path}/seen; cat {tmp_path}/recorded.json')
+    monkeypatch.setenv("GOMP_SPINCOUNT", "2000")
+    seen = '"${OMP_WAIT_POLICY-none} ${GOMP_SPINCOUNT-none}"'
+    script(peer.program, f"echo {seen} >> {tmp_path}/seen; cat {tmp_path}/recorded.json")
     peer.run(8, 8, 1)
-    assert (tmp_path / "seen").read_text() == "none\n"
+    assert (tmp_path / "seen").read_text() == "none none\n"
 
 
 def test_llama_bench_leaves_a_test_out(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,27 @@ def test_the_way_back_through_a_packed_weight(name: str) -> None:
     size = slope.abs().double() @ q.dequantize().abs().double()
     assert x.grad is not None
     assert bool(((x.grad - expected).abs() <= 300 * UNIT * size).all())  # sums of 300 in float32
+
+
+def test_large_weights_are_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["fewbits.kernels.linear"]
+    w = 0.02 * draw(50, 64, seed=1)
+    codes, params = FORMATS["int4-g32"].plain(w)
+    weight = Packed.of(QTensor(FORMATS["int4-g32"], codes, params))
+    found = []
+    for together, block in ((1 << 22, 1 << 18), (20 * 64, 7 * 64), (64, 64)):
+        monkeypatch.setattr(module, "TOGETHER", together)
+        monkeypatch.setattr(module, "BLOCK", block)
+        monkeypatch.setattr("fewbits.kernels.packed.BLOCK", block)
+        x = draw(3, 64, seed=2).requires_grad_(True)
+        y = linear(x, weight)
+        y.sum().backward()
+        found.append((y.detach(), x.grad))
+    for y, slope in found[1:]:
+        assert slope is not None
+        assert found[0][1] is not None
+        assert float((y - found[0][0]).abs().max()) < 1e-5
+        assert float((slope - found[0][1]).abs().max()) < 1e-5
 
 
 def test_a_packed_weight_is_not_kept_decoded() -> None:

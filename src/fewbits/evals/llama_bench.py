@@ -19,8 +19,8 @@ from typing import Any
 from fewbits.errors import CheckpointError, UnsupportedError
 
 NAME = "llama-bench"
-OURS = "OMP_WAIT_POLICY"
-"""Environment variable that is set for torch, and not meant for llama.cpp."""
+OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""Environment variables that are set for torch, and not meant for llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LlamaBench:
         sizes = {"-p": prompt_tokens, "-n": new_tokens, "-t": threads, "-r": 1}
         options = [str(part) for pair in sizes.items() for part in pair]
         command = [str(self.program), "-m", str(self.model), *options, "-o", "json"]
-        own = {name: value for name, value in os.environ.items() if name != OURS}
+        own = {name: value for name, value in os.environ.items() if name not in OURS}
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=own, check=False)
         if done.returncode:
             raise UnsupportedError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:].strip()}")
