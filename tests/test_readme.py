@@ -41,6 +41,7 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
 
 def test_the_commands(tmp_path: Path, shell: dict[str, str]) -> None:
     (script,) = blocks("sh")
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")  # a text that lies where the commands are run
     out = run(["bash", "-eux", "-c", script.replace("src/fewbits/bundled/tiny", str(BUNDLED))], tmp_path, shell)
     assert "proven" in out
     assert "mean KL divergence" in out
