@@ -157,6 +157,13 @@ def test_what_training_refuses(tmp_path: Path) -> None:
         train_qat(TINY, tmp_path / "out", format="int2-g64", data=tmp_path / "short.txt", qat=QUICK)
 
 
+def test_an_output_that_exists_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        trained(tmp_path / "out")
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_rate_rises_and_falls() -> None:
     course = Course(None, 100)
     rates = []
@@ -216,6 +223,8 @@ def test_an_interrupted_adapter_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train_qlora(TINY, tmp_path / "adapter", data=data, qlora=ADAPTER, progress=stop)
     assert not (tmp_path / "adapter").exists()
+    with pytest.raises(OutputError, match="another text"):
+        train_qlora(TINY, tmp_path / "adapter", data=samples(tmp_path / "other.jsonl", 41), qlora=ADAPTER)
     assert train_qlora(TINY, tmp_path / "adapter", data=data, qlora=ADAPTER).steps == 3
     train_qlora(TINY, tmp_path / "whole", data=data, qlora=ADAPTER)
     assert files(tmp_path / "adapter") == files(tmp_path / "whole")

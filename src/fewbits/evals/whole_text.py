@@ -26,10 +26,8 @@ TOGETHER = 16
 """Pieces or documents that are tokenized at once."""
 
 
-def read_all(
-    source: str | Path, tokenizer: PreTrainedTokenizerBase, length: int = LENGTH, most: int | None = None
-) -> Windows:
-    """Windows of `length` tokens of all of a text, or of `most` of them; the source is what `read_windows` takes.
+def read_all(source: str | Path, tokenizer: PreTrainedTokenizerBase, length: int = LENGTH) -> Windows:
+    """Windows of `length` tokens of all of a text; the source is what `read_windows` takes.
 
     Raises CheckpointError, with the line's number where there is one, if it cannot be read or does not fill a window.
     """
@@ -45,9 +43,7 @@ def read_all(
             separator = [between] if begins and total and between is not None else []
             parts.append(np.array([*separator, *ids], np.int32))
             total += len(parts[-1])
-        if most is not None and total >= most * step:
-            break
-    count = total // step if most is None else min(total // step, most)
+    count = total // step
     if count == 0:
         raise CheckpointError(f"{source} has {total} tokens, too few for a window of {length}; give a longer text")
     ids = torch.from_numpy(np.concatenate(parts)[: count * step].astype(np.int64)).view(count, step)

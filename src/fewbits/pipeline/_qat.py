@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fewbits.checkpoint._writer import refuse_existing
 from fewbits.engine import fast_float32, load
 from fewbits.errors import UnsupportedError
 from fewbits.evals import Windows
@@ -42,6 +43,7 @@ from fewbits.train.data import Packed
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 QAT = "qat"  # stage of the journal
 CALIBRATED = 128 + 8  # windows that the start is calibrated on, held-out ones included
 START_SHARE, WRITING_SHARE = 0.1, 0.05  # of the progress bar
@@ -97,6 +99,7 @@ def train_qat(
     FewbitsError; then nothing is left at `out`, and KeyboardInterrupt once the state is saved.
     """
     began, qat = time.monotonic(), qat or Qat()
+    refuse_existing(Path(out))
     job = prepare(
         model,
         out,
@@ -219,7 +222,7 @@ def student_of(
     inputs = {name: FakeInputs(rounded[name], scales.get(scale_name(name))) for name in starts if name in rounded}
     return Student(
         original,
-        {name: Matrix(work.slots[name], q) for name, q in starts.items()},
+        {name: Matrix(work.slots[name], _on(work.model.device, q)) for name, q in starts.items()},
         free=free,
         fixed=_vocabulary(work, run.journal, parameters),
         inputs=inputs,
@@ -247,7 +250,7 @@ def _keep(run: Run, student: Student, solved: list[SolvedBlock], original: PreTr
     scales = {scale_name(name): value for name, value in student.input_scales().items()}
     for index, before in enumerate(solved):
         prefix = f"{work.model.layers[index]}."
-        matrices = {name: _on_cpu(tensors[name]) for name in before.matrices}
+        matrices = {name: _on(CPU, tensors[name]) for name in before.matrices}
         errors = {name: relative_error(_matrix(original, work.slots[name]), q) for name, q in matrices.items()}
         changed = {name: value.cpu() for name, value in written.items() if name.startswith(prefix)}
         found = {name: scales.get(name, value).cpu() for name, value in before.scales.items()}
@@ -261,5 +264,5 @@ def _matrix(model: PreTrainedModel, slot: Slot) -> Tensor:
     return slot.take(model.get_parameter(slot.parameter).detach().float().cpu())
 
 
-def _on_cpu(q: QTensor) -> QTensor:
-    return QTensor(q.format, q.codes.cpu(), {key: value.cpu() for key, value in q.params.items()})
+def _on(device: torch.device, q: QTensor) -> QTensor:
+    return QTensor(q.format, q.codes.to(device), {key: value.to(device) for key, value in q.params.items()})

@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 from transformers import PreTrainedModel
 
 from fewbits.checkpoint import open_checkpoint
-from fewbits.checkpoint._writer import disk_errors
+from fewbits.checkpoint._writer import disk_errors, refuse_existing
 from fewbits.engine import fast_float32, load, open_weights
-from fewbits.errors import OutputError, UnsupportedError
+from fewbits.errors import UnsupportedError
 from fewbits.evals import model_identity
 from fewbits.evals.tokenizer import tokenizer_of
 from fewbits.evals.whole_text import read_all
@@ -38,7 +37,7 @@ from fewbits.pipeline._stream import Progress
 from fewbits.plan.rules import parse
 from fewbits.results import AdapterTraining
 from fewbits.train import Course, Length, train
-from fewbits.train.data import Packed
+from fewbits.train.data import Packed, Rows
 from fewbits.train.lora import adapted, linear_layers, start_at_residual
 from fewbits.train.samples import PackedSamples, read_samples
 
@@ -92,12 +91,16 @@ def train_qlora(
     FewbitsError; then nothing is left at `adapter`, and KeyboardInterrupt once the state is saved.
     """
     began, qlora, out, source = time.monotonic(), qlora or Qlora(), Path(adapter), local_folder(model)
-    if out.exists():
-        raise OutputError(f"{out} exists already; name another folder, or remove it")
+    refuse_existing(out)
     format = parse(base).name
-    facts = {"source": model_identity(source), "base": [format, vocabulary], "qlora": repr(_lasting(qlora))}
     stages = Stages(progress)
     trained, held, description, notes = _windows(Path(data), source, qlora)
+    facts = {
+        "source": model_identity(source),
+        "base": [format, vocabulary],
+        "text": [trained.digest, held.digest],
+        "training": repr(replace(qlora, length=Length())),
+    }
     for note in notes:
         if announce is not None:
             announce(note)
@@ -146,14 +149,7 @@ def train_qlora(
     return result
 
 
-def _lasting(qlora: Qlora) -> dict[str, Any]:
-    """What may not change when a training is taken up again: all but its length."""
-    return {name: value for name, value in vars(qlora).items() if name != "length"}
-
-
-def _windows(
-    data: Path, source: Path, qlora: Qlora
-) -> tuple[Dataset[dict[str, Tensor]], Dataset[dict[str, Tensor]], str, tuple[str, ...]]:
+def _windows(data: Path, source: Path, qlora: Qlora) -> tuple[Rows, Rows, str, tuple[str, ...]]:
     """What is trained on, what is held out, what it is in words, and what was noticed."""
     tokenizer = tokenizer_of(source)
     if data.suffix == ".jsonl":

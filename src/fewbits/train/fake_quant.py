@@ -97,14 +97,14 @@ class _Round(torch.autograd.Function):
     def forward(ctx: Any, latent: Tensor, change: Tensor | None, quantizer: FakeQuantizer) -> Tensor:
         format, at = quantizer.format, per_number(quantizer.params())
         values = format.decode_at(format.round_at(quantizer.weights(), at), at)
-        ctx.save_for_backward(latent, change, values)
+        ctx.save_for_backward(change, values)
         ctx.quantizer = quantizer
         return values
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (slope,), quantizer = slopes, ctx.quantizer
-        _, change, values = ctx.saved_tensors
+        change, values = ctx.saved_tensors
         w, unit = quantizer.weights(), quantizer.get_buffer("unit")
         low, high = ends(quantizer.format, per_number(quantizer.params()))
         inside = (w >= low) & (w <= high)

@@ -54,7 +54,7 @@ class LoraQuantizedLinear(lora_layers.Linear):
 
 
 def register() -> None:
-    """Let PEFT make adapters for `QuantizedLinear`. Once is enough; importing `fewbits.train` does it."""
+    """Let PEFT make adapters for `QuantizedLinear`. Importing `fewbits.train` does it."""
     known = getattr(lora_model, DISPATCHER)
     if not getattr(known, "knows_fewbits", False):
         setattr(lora_model, DISPATCHER, _before(known))

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fewbits.errors import CheckpointError
+from fewbits.train.data import Rows
 
 IGNORED = -100
 """The label of a token that is no target, as torch's cross entropy has it."""
@@ -81,7 +81,7 @@ def read_samples(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) ->
     return Samples(tuple(found), tuple(empty), tuple(cut))
 
 
-class PackedSamples(Dataset[dict[str, Tensor]]):
+class PackedSamples(Rows):
     """Samples packed into windows of `length` tokens, in an order that the seed decides."""
 
     def __init__(self, samples: Sequence[Sample], length: int, pad: int, seed: int = 0) -> None:

@@ -166,7 +166,7 @@ class Student(nn.Module):
     def _assembled(self, parameter: str, names: tuple[str, ...], numbers: Mapping[str, Tensor]) -> Tensor:
         """A parameter of the model from the matrices that lie in it."""
         original = self._models[0].get_parameter(parameter)
-        if names == (names[0],) and self._slots[names[0]] == Slot(parameter):
+        if len(names) == 1 and self._slots[names[0]] == Slot(parameter):
             return numbers[names[0]]
         whole = original.detach().float().clone()
         for name in names:

@@ -27,7 +27,7 @@ void embed_with(const Weight& w, std::int64_t row, float factor, float* out, voi
 }  // namespace
 
 extern const Kernels table;
-const Kernels table{FEWBITS_NAME(FEWBITS_TARGET), TILE, STREAMED, PASSES, SHIFTED, sizeof(Scratch), pack, multiply_with, embed_with,
-                    &FEWBITS_OPS::ops, integer_products, read_lines};
+const Kernels table{FEWBITS_NAME(FEWBITS_TARGET), TILE, STREAMED, PASSES, SHIFTED, sizeof(Scratch), pack,
+                    multiply_with, embed_with, &FEWBITS_OPS::ops, integer_products, read_lines};
 
 }  // namespace fewbits::runtime::FEWBITS_TARGET
