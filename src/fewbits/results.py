@@ -187,6 +187,39 @@ class AdapterTraining:
 
 
 @dataclass(frozen=True)
+class MergeWay:
+    """One way to merge an adapter. nbytes: of weights and adapter on disk; kld: from the adapted model, nats a token.
+
+    Both are None where the way cannot be gone, and note says why.
+    """
+
+    name: str
+    summary: str
+    seconds: float
+    nbytes: int | None = None
+    kld: Figure | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What merging an adapter did. base: format of the weights that it was trained on; text: what divergences were
+    measured on; chosen: name of the way that was taken.
+    """
+
+    source: str
+    adapter: str
+    output: str
+    base: str
+    format: str
+    chosen: str
+    reason: str
+    text: str
+    seconds: float
+    ways: tuple[MergeWay, ...]
+
+
+@dataclass(frozen=True)
 class Figure:
     """A measured value and its standard error."""
 

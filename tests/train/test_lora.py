@@ -15,7 +15,7 @@ from fewbits.errors import UnsupportedError
 from fewbits.formats import FORMATS, QTensor
 from fewbits.kernels import Packed, linear
 from fewbits.nn import PackedWeight, QuantizedLinear
-from fewbits.train.lora import LoraQuantizedLinear, adapted, factors, linear_layers, register, start_at_residual
+from fewbits.train.lora import LoraQuantizedLinear, adapted, linear_layers, register, start_at_residual
 
 TINY = Path(fewbits.__file__).parent / "bundled" / "tiny"
 IDS = torch.arange(40, 80).view(2, 20)
@@ -152,14 +152,3 @@ def test_it_begins_at_what_the_format_lost() -> None:
     u, s, v = torch.linalg.svd(lost.double())
     best = (u[:, :8] * s[:8]) @ v[:8]
     assert float((module.get_delta_weight("default").detach() - best).norm()) < 1e-4 * float(best.norm())
-
-
-def test_factors_are_equally_large() -> None:
-    a, b = factors(draw(20, 12, seed=1), 3)
-    assert a.shape == (3, 12)
-    assert b.shape == (20, 3)
-    assert float(a.norm()) == pytest.approx(float(b.norm()), rel=1e-5)
-    w = draw(20, 12, seed=1)
-    a, b = factors(w, 16)  # more than it has
-    assert a.shape == (16, 12)
-    assert float((b @ a - w).abs().max()) < 1e-5

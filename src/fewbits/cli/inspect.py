@@ -33,6 +33,7 @@ class Inspection:
     nbytes: int
     bits_per_weight: float
     tensors: tuple[Line, ...]
+    adapted: int = 0  # layers that an adapter inside changes
 
 
 def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,9 +48,11 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def run(args: argparse.Namespace) -> Inspection:
     from fewbits.checkpoint import open_checkpoint
+    from fewbits.checkpoint.adapter import adapter_inside, read_adapter
     from fewbits.pipeline import errors_of
 
     kind, reader = open_checkpoint(args.path)
+    adapter = adapter_inside(args.path)
     errors = errors_of(args.path)
     lines = tuple(
         Line(
@@ -63,7 +66,8 @@ def run(args: argparse.Namespace) -> Inspection:
         for entry in reader.entries.values()
     )
     weights, nbytes = sum(e.weights for e in reader.entries.values()), sum(line.nbytes for line in lines)
-    return Inspection(str(args.path), kind.name, weights, nbytes, 8 * nbytes / max(1, weights), lines)
+    adapted = 0 if adapter is None else len(read_adapter(adapter))
+    return Inspection(str(args.path), kind.name, weights, nbytes, 8 * nbytes / max(1, weights), lines, adapted)
 
 
 def show(result: Inspection, console: Console) -> None:
@@ -84,3 +88,5 @@ def show(result: Inspection, console: Console) -> None:
         f"{size(result.nbytes)}, {number(result.bits_per_weight)} bits a weight",
         markup=False,
     )
+    if result.adapted:
+        console.print(f"an adapter inside adds low-rank matrices to {result.adapted} of them", markup=False)

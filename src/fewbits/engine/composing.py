@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from fewbits.checkpoint.adapter import adapter_inside
 from fewbits.engine.families import family_of
 from fewbits.engine.parameters import Keep, Parameters, longest
 from fewbits.engine.repacked import Repacked
@@ -25,6 +26,8 @@ def compose(path: Path, keep: Keep) -> Repacked:
 
     Raises UnsupportedError, with the reason, for an architecture that has no family here.
     """
+    if adapter_inside(path) is not None:
+        raise UnsupportedError("an adapter stays beside its layers")
     parameters = Parameters(path, keep)
     if not is_causal(parameters.config):
         raise UnsupportedError("no model that predicts the next token")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from fewbits.errors import CheckpointError
 
-CONTENT = ("*.safetensors", "*.json", "*.jinja")
-"""Files of a folder that a program or its tokenizer is made of."""
+CONTENT = ("*.safetensors", "*.json", "*.jinja", "adapter/*.safetensors", "adapter/*.json")
+"""Files of a folder that a program or its tokenizer is made of; an adapter inside allows no program."""
 PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")
 ENDS, PAGE, SAMPLES = 1 << 16, 1 << 12, 16
 SMALL = 1 << 25

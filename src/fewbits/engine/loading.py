@@ -23,15 +23,18 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from fewbits.checkpoint import CACHE_SCALES, is_scale
+from fewbits.checkpoint.adapter import adapter_inside, read_adapter
 from fewbits.engine.cache import round_cache
 from fewbits.engine.skeleton import skeleton
 from fewbits.engine.weights import Weight, open_weights
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.nn import (
+    LowRankLinear,
     PackedWeight,
     QuantizedEmbedding,
     QuantizedLinear,
     W8A8Linear,
+    add_low_rank,
     can_replace,
     replace,
     replace_w8a8,
@@ -59,6 +62,7 @@ def load(
     packed: keep quantized matrices packed and decode them at every use, so that memory is about the file's size.
         False decodes them once: as fast, and as large, as the original model. Layers that round their inputs keep
         their 8-bit weights either way.
+    An adapter inside the checkpoint's folder stays beside the layers that it changes.
     Raises CheckpointError where an entry is missing, unexpected or of the wrong shape, UnsupportedError for an
     architecture that transformers does not have.
     """
@@ -66,9 +70,12 @@ def load(
     config, weights = open_weights(path)
     model = skeleton(config, dtype)
     _fill(model, weights, _Target(dtype, torch.device(device), packed))
+    if (adapter := adapter_inside(path)) is not None:
+        for name, added in read_adapter(adapter).items():
+            add_low_rank(model, name, added.a, added.b, dtype)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    if any(isinstance(module, PackedWeight | W8A8Linear) for module in model.modules()):
+    if any(isinstance(module, PackedWeight | W8A8Linear | LowRankLinear) for module in model.modules()):
         setattr(model, "save_pretrained", _refuse_saving)  # noqa: B010  # mypy forbids the plain assignment
     return model.to(torch.device(device))  # type: ignore[arg-type,no-any-return]  # the decorator hides the signature
 

@@ -34,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewbits.checkpoint.adapter import adapter_inside
 from fewbits.checkpoint.gguf_parts import open_parts
 from fewbits.errors import CheckpointError, OutputError
 from fewbits.evals.text import Windows
@@ -95,12 +96,14 @@ def reference_path(facts: Mapping[str, Any]) -> Path:
 
 
 def model_identity(path: Path) -> str:
-    """SHA-256 over a model's weights and configuration: names, sizes, times of change, and both ends of each file.
+    """SHA-256 over a model's weights and configuration: names, sizes, times of change, and both ends of each file. An
+    adapter inside is a part of it.
 
     Hashing all of it would take as long as running the model.
     """
     parts = [part.path for part in open_parts(path)] if path.is_file() else []
-    files = parts or sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json"))
+    folders = [path, *filter(None, [adapter_inside(path)])]
+    files = parts or [f for each in folders for f in sorted(each.iterdir()) if f.suffix in (".safetensors", ".json")]
     digest = hashlib.sha256()
     for file in files:
         facts = file.stat()

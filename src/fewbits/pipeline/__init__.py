@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from fewbits.pipeline._calibrate import Calibration
 from fewbits.pipeline._imatrix import imatrix
+from fewbits.pipeline._merge import merge
+from fewbits.pipeline._merge_ways import Merging
 from fewbits.pipeline._plan import make_plan
 from fewbits.pipeline._quantize import quantize
 from fewbits.pipeline._source import local_folder
 from fewbits.pipeline._verify import errors_of, verify
 
-__all__ = ["Calibration", "errors_of", "imatrix", "local_folder", "make_plan", "quantize", "verify"]
+__all__ = [
+    "Calibration",
+    "Merging",
+    "errors_of",
+    "imatrix",
+    "local_folder",
+    "make_plan",
+    "merge",
+    "quantize",
+    "verify",
+]

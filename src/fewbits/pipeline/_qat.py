@@ -34,6 +34,7 @@ from fewbits.pipeline._estimate import check_room, source_bytes
 from fewbits.pipeline._job import Job, prepare
 from fewbits.pipeline._journal import Journal
 from fewbits.pipeline._quantize import output_bytes, proven
+from fewbits.pipeline._stages import Stages
 from fewbits.pipeline._stream import run as write
 from fewbits.pipeline._vocabulary import VOCABULARY
 from fewbits.plan.rules import parse
@@ -47,7 +48,6 @@ CPU = torch.device("cpu")
 QAT = "qat"  # stage of the journal
 CALIBRATED = 128 + 8  # windows that the start is calibrated on, held-out ones included
 START_SHARE, WRITING_SHARE = 0.1, 0.05  # of the progress bar
-BAR = 10_000
 
 
 @dataclass(frozen=True)
@@ -148,20 +148,6 @@ def train_qat(
         verified_with=decoder,
         tensors=reports,
     )
-
-
-class Stages:
-    """One progress bar over several stages."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress, self._reached = progress, 0.0
-
-    def next(self, share: float) -> Progress | None:
-        if self._progress is None:
-            return None
-        progress, begin = self._progress, self._reached
-        self._reached += share
-        return lambda done, total, label: progress(round(BAR * (begin + share * done / max(total, 1))), BAR, label)
 
 
 def _text(job: Job, data: str | Path, qat: Qat) -> tuple[Windows, Windows]:

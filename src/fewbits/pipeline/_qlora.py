@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from fewbits.checkpoint import open_checkpoint
 from fewbits.checkpoint._writer import disk_errors, refuse_existing
+from fewbits.checkpoint.adapter import NOTE
 from fewbits.engine import fast_float32, load, open_weights
 from fewbits.errors import UnsupportedError
 from fewbits.evals import model_identity
@@ -30,9 +31,9 @@ from fewbits.formats import Float
 from fewbits.methods.products import multiplies_bf16
 from fewbits.nn import PackedWeight
 from fewbits.pipeline._journal import Journal, unfinished
-from fewbits.pipeline._qat import Stages
 from fewbits.pipeline._quantize import quantize
 from fewbits.pipeline._source import local_folder
+from fewbits.pipeline._stages import Stages
 from fewbits.pipeline._stream import Progress
 from fewbits.plan.rules import parse
 from fewbits.results import AdapterTraining
@@ -43,7 +44,6 @@ from fewbits.train.samples import PackedSamples, read_samples
 
 BASE_SHARE = 0.1  # of the progress bar
 HELD_OUT = 0.05  # of the windows
-NOTE = "fewbits.json"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fewbits.pipeline._auto import solve_auto
 from fewbits.pipeline._calibrate import Calibration, make_ready, solve
 from fewbits.pipeline._estimate import check_room, estimate, source_bytes
 from fewbits.pipeline._job import Job, prepare
+from fewbits.pipeline._stages import Stages
 from fewbits.pipeline._stream import PART, Progress, run
 from fewbits.pipeline._verify import verify
 from fewbits.plan.planned import Planned
@@ -28,7 +29,6 @@ from fewbits.plan.rules import parse
 from fewbits.plan.targets import target_named
 from fewbits.results import Estimate, Quantization
 
-BAR = 10_000  # steps of the progress bar
 _NO_TEXT = "an importance matrix stands for a text that the model runs on, and {what}; leave out one of the two"
 
 
@@ -152,21 +152,6 @@ def automatic(method: str | Recipe | Auto, minutes: float | None) -> tuple[Auto 
         raise UnsupportedError(f"auto within {minutes:g} minutes: give it more than 0")
     auto = auto if minutes is None else replace(auto, minutes=minutes)
     return auto, auto.candidates[0]
-
-
-class Stages:
-    """One progress bar over several stages, each with the share of it that its predicted time is of the whole."""
-
-    def __init__(self, progress: Progress | None, seconds: float) -> None:
-        self._progress, self._seconds, self._reached = progress, seconds, 0.0
-
-    def next(self, seconds: float) -> Progress | None:
-        """What the next stage reports to; it starts where the one before ended."""
-        if self._progress is None:
-            return None
-        progress, begin, share = self._progress, self._reached, seconds / self._seconds
-        self._reached += share
-        return lambda done, total, label: progress(round(BAR * (begin + share * done / max(total, 1))), BAR, label)
 
 
 def proven(job: Job, progress: Progress | None) -> str:

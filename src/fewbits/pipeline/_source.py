@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fewbits.checkpoint import Kind, Reader, open_checkpoint
 from fewbits.checkpoint.activations import is_scale
+from fewbits.checkpoint.adapter import adapter_inside, read_adapter
 from fewbits.checkpoint.gguf import GgufReader
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import Float
 from fewbits.models import Architecture, Piece, Role, gguf_pieces, unfused
+from fewbits.pipeline._adapted import AdaptedReader
 from fewbits.pipeline._gguf_source import GgufSource
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -47,9 +49,12 @@ def local_folder(model: str | Path) -> Path:
 def open_source(path: Path) -> Reader:
     """A checkpoint whose weights are still floating point, by transformers' names and in its layout.
 
+    One with an adapter inside is read with that added, whatever its own weights are in.
     Raises UnsupportedError if it is quantized already.
     """
     _, reader = open_checkpoint(path)
+    if (adapter := adapter_inside(path)) is not None:
+        return AdaptedReader(reader, read_adapter(adapter))
     quantized = next((e for e in reader.entries.values() if not isinstance(e.format, Float)), None)
     rounded = any(is_scale(entry) for entry in reader.entries.values())
     if quantized is not None or rounded or "quantization_config" in reader.config:

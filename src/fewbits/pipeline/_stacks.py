@@ -9,6 +9,7 @@ below the divergence that a misplaced or misread tensor causes (nats, not thousa
 from __future__ import annotations
 
 from contextlib import redirect_stderr
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fewbits.checkpoint import Kind, Reader
 from fewbits.checkpoint.activations import is_scale
+from fewbits.checkpoint.adapter import adapter_inside
 from fewbits.engine.skeleton import attention
 from fewbits.errors import VerificationError
 
@@ -49,6 +51,8 @@ def compare_logits(kind: Kind, out: Path) -> tuple[str | None, float | None, str
             import llama_cpp  # noqa: F401
         except ImportError:
             return None, None, "logits not compared: llama-cpp-python is not installed (pip install fewbits[llama-cpp])"
+    if adapter_inside(out) is not None and find_spec("peft") is None:
+        return None, None, "logits not compared: the adapter inside needs PEFT (pip install fewbits[train])"
     from fewbits.engine import load  # here, because it imports transformers, which writing files has no need of
 
     model = load(out)
@@ -87,10 +91,16 @@ def _mean_kld(ours: Tensor, theirs: Tensor) -> float:
 def _transformers(out: Path, tokens: Tensor) -> tuple[str, Tensor]:
     import transformers
 
-    config = load_config(out)
+    config, adapter = load_config(out), adapter_inside(out)
     auto: Any = getattr(transformers, config.architectures[0])
+    settings: dict[str, Any] = attention(config)
+    if adapter is not None and getattr(config, "quantization_config", None):
+        config.quantization_config["dequantize"] = True  # PEFT reads the weights of its layers
+        settings["config"] = config
     with redirect_stderr(StringIO()):  # several progress bars; what goes wrong is raised
-        model = auto.from_pretrained(out, dtype=torch.float32, local_files_only=True, **attention(config))
+        model = auto.from_pretrained(out, dtype=torch.float32, local_files_only=True, **settings)
+        if adapter is not None:
+            model.load_adapter(str(adapter))
     return f"transformers {transformers.__version__}", _output(model, tokens)
 
 

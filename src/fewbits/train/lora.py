@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fewbits.errors import UnsupportedError
+from fewbits.methods.low_rank import low_rank
 from fewbits.nn import QuantizedLinear
 
 DISPATCHER = "dispatch_default"
@@ -99,17 +100,6 @@ def start_at_residual(model: LoraModel, original: Callable[[str], Tensor], adapt
             packed: Any = module.get_base_layer()
             held = packed.weight.float()
             into_a, into_b = (each[adapter].get_parameter("weight") for each in (module.lora_A, module.lora_B))
-            a, b = factors(original(name).to(held.device).float() - held, module.r[adapter])
+            a, b = low_rank(original(name).to(held.device).float() - held, module.r[adapter])
             into_a.copy_(a)
             into_b.copy_(b / module.scaling[adapter])
-
-
-def factors(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [r, K] and B [N, r], equally large, whose product B·A is the nearest of that rank to w [N, K]; filled up with
-    zeros where w has no more than fewer.
-    """
-    u, s, v = torch.linalg.svd(w, full_matrices=False)
-    root = s[:rank].sqrt()
-    missing = rank - len(root)
-    pad = torch.nn.functional.pad
-    return pad(root[:, None] * v[:rank], (0, 0, 0, missing)), pad(u[:, :rank] * root, (0, missing))
