@@ -23,23 +23,42 @@ if TYPE_CHECKING:
     from fewbits.evals import evaluate
     from fewbits.formats import FORMATS, Format, QTensor, format_named
     from fewbits.methods import METHODS, quantize_tensor
-    from fewbits.pipeline import Calibration, imatrix, make_plan, quantize, verify
+    from fewbits.pipeline import Calibration, Merging, imatrix, make_plan, merge, quantize, verify
+    from fewbits.pipeline._qat import Qat, train_qat
+    from fewbits.pipeline._qlora import Qlora, train_qlora
     from fewbits.plan.planned import Budget
-    from fewbits.results import Evaluation, ImportanceReport, Quantization, TensorReport, Verification
+    from fewbits.results import (
+        AdapterTraining,
+        Evaluation,
+        ImportanceReport,
+        Merge,
+        Quantization,
+        TensorReport,
+        Training,
+        Verification,
+    )
+    from fewbits.train import Length
 
 _ROOMS = {
     "FORMATS": "formats",
     "METHODS": "methods",
+    "AdapterTraining": "results",
     "Budget": "plan.planned",
     "Calibration": "pipeline",
     "Engine": "engine",
     "Evaluation": "results",
     "FewbitsError": "errors",
     "Format": "formats",
-    "QTensor": "formats",
     "ImportanceReport": "results",
+    "Length": "train",
+    "Merge": "results",
+    "Merging": "pipeline",
+    "QTensor": "formats",
+    "Qat": "pipeline._qat",
+    "Qlora": "pipeline._qlora",
     "Quantization": "results",
     "TensorReport": "results",
+    "Training": "results",
     "Verification": "results",
     "evaluate": "evals",
     "format_named": "formats",
@@ -47,14 +66,18 @@ _ROOMS = {
     "imatrix": "pipeline",
     "load": "engine",
     "make_plan": "pipeline",
+    "merge": "pipeline",
     "quantize": "pipeline",
     "quantize_tensor": "methods",
+    "train_qat": "pipeline._qat",
+    "train_qlora": "pipeline._qlora",
     "verify": "pipeline",
 }
 
 __all__ = [
     "FORMATS",
     "METHODS",
+    "AdapterTraining",
     "Budget",
     "Calibration",
     "Engine",
@@ -62,9 +85,15 @@ __all__ = [
     "FewbitsError",
     "Format",
     "ImportanceReport",
+    "Length",
+    "Merge",
+    "Merging",
     "QTensor",
+    "Qat",
+    "Qlora",
     "Quantization",
     "TensorReport",
+    "Training",
     "Verification",
     "evaluate",
     "format_named",
@@ -72,8 +101,11 @@ __all__ = [
     "imatrix",
     "load",
     "make_plan",
+    "merge",
     "quantize",
     "quantize_tensor",
+    "train_qat",
+    "train_qlora",
     "verify",
 ]
 
