@@ -217,14 +217,15 @@ def test_an_adapter_that_begins_at_what_the_format_lost(tmp_path: Path) -> None:
     assert with_it < 0.1 * without
 
 
-def test_an_interrupted_adapter_goes_on(tmp_path: Path) -> None:
-    data = samples(tmp_path / "data.jsonl")
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_an_interrupted_adapter_goes_on(tmp_path: Path, optimizer: str) -> None:
+    data, qlora = samples(tmp_path / "data.jsonl"), replace(ADAPTER, rank=16, optimizer=optimizer)
     stop = at_step(1, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        train_qlora(TINY, tmp_path / "adapter", data=data, qlora=ADAPTER, progress=stop)
+        train_qlora(TINY, tmp_path / "adapter", data=data, qlora=qlora, progress=stop)
     assert not (tmp_path / "adapter").exists()
     with pytest.raises(OutputError, match="another text"):
-        train_qlora(TINY, tmp_path / "adapter", data=samples(tmp_path / "other.jsonl", 41), qlora=ADAPTER)
-    assert train_qlora(TINY, tmp_path / "adapter", data=data, qlora=ADAPTER).steps == 3
-    train_qlora(TINY, tmp_path / "whole", data=data, qlora=ADAPTER)
+        train_qlora(TINY, tmp_path / "adapter", data=samples(tmp_path / "other.jsonl", 41), qlora=qlora)
+    assert train_qlora(TINY, tmp_path / "adapter", data=data, qlora=qlora).steps == 3
+    train_qlora(TINY, tmp_path / "whole", data=data, qlora=qlora)
     assert files(tmp_path / "adapter") == files(tmp_path / "whole")

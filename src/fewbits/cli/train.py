@@ -97,7 +97,9 @@ def _add_qlora(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     how.add_argument("--dropout", type=float, default=0.0, help="on what adapters read (default %(default)s)")
     how.add_argument("--residual", action="store_true", help="begin at what the base's format lost (LoftQ)")
     how.add_argument("--rate", type=float, default=2e-4, help="learning rate (default %(default)s)")
-    how.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="8 bits: needs torchao")
+    how.add_argument(
+        "--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="its state: 8 bytes a number, or 2"
+    )
     how.add_argument("--no-checkpointing", action="store_true", help="keep activations: faster, more memory")
     _add_steps(how, batch=4, window=512)
     parser.set_defaults(run=_run_qlora, show=show_adapter)

@@ -38,6 +38,7 @@ from fewbits.pipeline._stream import Progress
 from fewbits.plan.rules import parse
 from fewbits.results import AdapterTraining
 from fewbits.train import Course, Length, train
+from fewbits.train.adamw8 import AdamW8bit
 from fewbits.train.data import Packed, Rows
 from fewbits.train.lora import adapted, linear_layers, start_at_residual
 from fewbits.train.samples import PackedSamples, read_samples
@@ -52,7 +53,7 @@ class Qlora:
 
     rank, alpha, dropout: LoRA's; the product of the factors is multiplied by alpha / rank. residual: begin at what the
     base's format lost instead of at nothing. rate: of AdamW. optimizer: `adamw`, or `adamw8bit`, whose state takes 2
-    bytes a trained number instead of 8 (torchao). checkpointing: run each layer again on the way back instead of
+    bytes a trained number instead of 8. checkpointing: run each layer again on the way back instead of
     keeping its activations.
     """
 
@@ -223,14 +224,9 @@ def _optimizer(model: nn.Module, qlora: Qlora) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     if qlora.optimizer == "adamw":
         return torch.optim.AdamW(trained, lr=qlora.rate, weight_decay=0.0, fused=True)
-    if qlora.optimizer != "adamw8bit":
-        raise UnsupportedError(f"optimizer '{qlora.optimizer}' is not known; take adamw or adamw8bit")
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise UnsupportedError("optimizer adamw8bit needs torchao; pip install torchao, or take adamw") from error
-    made: torch.optim.Optimizer = AdamW8bit(trained, lr=qlora.rate, weight_decay=0.0)
-    return made
+    if qlora.optimizer == "adamw8bit":
+        return AdamW8bit(trained, lr=qlora.rate)
+    raise UnsupportedError(f"optimizer '{qlora.optimizer}' is not known; take adamw or adamw8bit")
 
 
 def _write(whole: Any, folder: Path, out: Path, result: AdapterTraining, vocabulary: str | None) -> None:
