@@ -187,7 +187,7 @@ class BitNetWriter(FolderWriter):
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         matrices = [e for e in self._entries if len(e.shape) == 2 and e.name.endswith(WEIGHT)]
         modules = {e.name.removesuffix(WEIGHT): isinstance(e.format, Float) for e in matrices}
-        kept = [name for name, floating in modules.items() if floating]
+        kept = [name for name, floating in modules.items() if floating and not EXPERT.search(f"{name}.")]
         ternary = [name for name, floating in modules.items() if not floating]
         plain = super().config(config)
         if not ternary:
@@ -205,7 +205,7 @@ class BitNetWriter(FolderWriter):
 def pack(codes: Tensor) -> Tensor:
     """Codes −1, 0, 1 (int8 [N, K]) as uint8 [N/4, K]."""
     quarters = (codes + 1).to(torch.uint8).unflatten(0, (PER_BYTE, -1)).unbind()
-    packed = quarters[0].clone()
+    packed: Tensor = quarters[0].clone()
     for number, quarter in enumerate(quarters[1:], 1):
         packed |= quarter << 2 * number
     return packed
@@ -217,14 +217,19 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def patterns(kept: Collection[str], converted: Collection[str]) -> list[str]:
-    """What modules_to_not_convert has for the modules `kept`: their names, unless one would mean others as well.
+    """What modules_to_not_convert has for the modules `kept`: the shortest ends of names that mean none `converted`.
 
-    transformers takes each for the end of a name or a regular expression for its beginning.
+    transformers takes each for the end of a name or for a regular expression of its beginning, and tries all of them on
+    every module, so a few short ones load faster than one for each module.
     """
-    return [
-        f"{re.escape(name)}$" if any(other.endswith(name) or re.match(name, other) for other in converted) else name
-        for name in kept
-    ]
+    return list(dict.fromkeys(_pattern(name, converted) for name in kept))
+
+
+def _pattern(name: str, converted: Collection[str]) -> str:
+    parts = name.split(".")
+    ends = (".".join(parts[first:]) for first in reversed(range(len(parts))))
+    alone = (end for end in ends if not any(other.endswith(end) or re.match(end, other) for other in converted))
+    return next(alone, f"{re.escape(name)}$")
 
 
 def _arrays(name: str, shape: tuple[int, ...]) -> dict[str, ArraySpec]:

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -222,8 +222,16 @@ def show(result: Quantization, console: Console) -> None:
         console.print(_calibrated(result.calibration), markup=False)
     if result.expected_kld is not None:
         console.print(f"the plan expected {number(result.expected_kld, 3)} nats", markup=False)
+    for line in rounded_inputs(result.tensors):
+        console.print(line, markup=False)
     proof = f"verified with {result.verified_with}" if result.verified_with else "not verified"
     console.print(f"{result.output} ({result.kind}), {proof}", markup=False)
+
+
+def rounded_inputs(tensors: Iterable[TensorReport]) -> list[str]:
+    """A line for each format that inputs of matrices are rounded to: some file types always do."""
+    found = Counter(tensor.inputs for tensor in tensors if tensor.inputs and tensor.fate == "quantized")
+    return [f"inputs of {many} matrices are rounded to {inputs} as the model runs" for inputs, many in found.items()]
 
 
 def _trial(trial: Trial) -> tuple[str, str, str, str]:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fewbits.cli._curve import curve
 from fewbits.cli._print import count, number, progress_bar, size
-from fewbits.cli.quantize import _override
+from fewbits.cli.quantize import _override, rounded_inputs
 from fewbits.results import AdapterTraining, Training
 
 if TYPE_CHECKING:
@@ -187,6 +187,8 @@ def show(result: Training, console: Console) -> None:
         f"{size(result.source_bytes)} → {size(result.output_bytes)}: {number(result.bits_per_weight)} bits a weight "
         f"over {count(result.weights)} weights"
     )
+    for line in rounded_inputs(result.tensors):
+        console.print(line, markup=False)
     proof = f"verified with {result.verified_with}" if result.verified_with else "not verified"
     console.print(f"{Path(result.output)} ({result.kind}), {proof}", markup=False)
 

@@ -99,7 +99,9 @@ class ActivationFormat:
         """Why a product with weights in this format cannot be made of codes alone; None if it can."""
         needed = "integers" if self.element == "int8" else "FP8 E4M3"
         fits = (
-            isinstance(weight, Affine | Ternary) if self.element == "int8" else isinstance(weight, Fp8) and weight.exponent == 4
+            isinstance(weight, Affine | Ternary)
+            if self.element == "int8"
+            else isinstance(weight, Fp8) and weight.exponent == 4
         )
         if not fits:
             return f"{self.name} inputs are multiplied by {needed}, not {weight}; choose weights of that type"

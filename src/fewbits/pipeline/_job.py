@@ -119,7 +119,7 @@ def prepare(
     assert isinstance(streamed, TensorMethod)
     tensors = tuple(_entry(piece, plan, target, rounding) for piece in pieces)
     if asked is not None and not any(entry.inputs for entry in tensors):
-        raise UnsupportedError(_refused(tensors, target, rounding))
+        raise UnsupportedError(_refused(tensors, target, asked))
     rounded = Rounded({e.name: e.inputs for e in tensors if e.inputs}, None if cache is None else cache_named(cache))
     scales = (*filter(None, map(input_scale, tensors)), *_cache_entries(reader, rounded))
     entries = (*tensors, *(Entry(name, (len(values),), FP32) for name, values in extras.items()), *scales)
