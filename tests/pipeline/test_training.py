@@ -86,6 +86,18 @@ def test_what_is_written_is_what_was_trained(
     assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("format", ["tq1_0", "tq2_0"])
+def test_llama_cpp_runs_what_was_trained(format: str, tmp_path: Path) -> None:
+    """Its kernels for both, on a model whose matrices all have whole blocks of 256."""
+    pytest.importorskip("llama_cpp")
+    result = trained(tmp_path / "out.gguf", format=format)
+    assert [tensor.format for tensor in result.tensors].count(format) == 28
+    found = fewbits.verify(tmp_path / "out.gguf")
+    assert found.passed
+    assert found.stack is not None
+    assert found.stack.startswith("llama.cpp")
+
+
 def test_static_scales_of_inputs_are_trained_and_written(tmp_path: Path, students: list[Student]) -> None:
     trained(tmp_path / "static", replace(QUICK, scale_rate=0.01), format="int8", inputs="int8-static")
     (student,) = students
