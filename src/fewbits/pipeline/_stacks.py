@@ -9,6 +9,7 @@ below the divergence that a misplaced or misread tensor causes (nats, not thousa
 from __future__ import annotations
 
 from contextlib import redirect_stderr
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ LOGIT_KLD = {"huggingface": 1e-6, "compressed-tensors": 1e-4, "bitnet": 1e-6, "g
 models of 0.26 M to 1.2 G weights: 0 for the first two in FP32, 2e-7 for GGUF in F16 and up to 7e-4 quantized."""
 ROUNDED_INPUTS_KLD = 1e-2
 """The same where inputs are rounded: whoever sums in another order rounds some of them to the neighbouring code, and so
-does a stack that divides by 127.5 where fewbits and vLLM divide by 127. Measured on books: up to 1.3e-3."""
+does a stack that divides by 127.5 where fewbits and vLLM divide by 127. Measured on books: up to 1.3e-3,
+and 9e-5 in BitNet layers."""
+
+
+NEEDED = {
+    "gguf": ("llama_cpp", "llama-cpp-python is not installed (pip install fewbits[llama-cpp])"),
+    "bitnet": ("accelerate", "transformers needs accelerate for BitNet layers (pip install fewbits[train])"),
+}
+"""Kind -> the package that its independent stack cannot do without, and what to say where it is not installed."""
 
 
 def logit_limit(kind: Kind, reader: Reader) -> float:
@@ -44,11 +53,9 @@ def compare_logits(kind: Kind, out: Path) -> tuple[str | None, float | None, str
     """
     if kind.name == "fewbits":
         return None, None, "logits not compared: only fewbits loads its own file type"
-    if kind.name == "gguf":
-        try:
-            import llama_cpp  # noqa: F401
-        except ImportError:
-            return None, None, "logits not compared: llama-cpp-python is not installed (pip install fewbits[llama-cpp])"
+    package, why = NEEDED.get(kind.name, (None, None))
+    if package is not None and find_spec(package) is None:
+        return None, None, f"logits not compared: {why}"
     from fewbits.engine import load  # here, because it imports transformers, which writing files has no need of
 
     model = load(out)
