@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import save_model
 
 import fewbits
 from fewbits.cli import main
@@ -61,3 +62,29 @@ def test_a_length_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert main([*arguments, *length]) == 3
         assert "give it more than 0" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_formats_that_a_model_does_not_fit_are_said_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks of 256 in a model with 192 channels: matrices that are no multiple of that get Q4_0, as in llama.cpp."""
+    save_model(tmp_path / "model", "llama", hidden_size=192, intermediate_size=512)
+    arguments = ["train", "qat", str(tmp_path / "model"), str(tmp_path / "out.gguf"), "--format", "tq2_0"]
+    short = ["--data", TEXT, "--steps", "1", "--window", "32", "--batch", "1", "--start", "rtn", "--no-verify"]
+    assert main([*arguments, *short]) == 0
+    shown = capsys.readouterr()
+    for text in (shown.out, shown.err):
+        assert "more: q4_0 instead of tq2_0: tq2_0: in_features 192 is not a multiple" in " ".join(text.split())
+    assert "note: blk.0.attn_k.weight and 11 more: q4_0 instead" in shown.err
+
+
+def test_ternary_for_transformers_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    arguments = ["train", "qat", TINY, out, "--format", "ternary-tensor", "--as", "bitnet", "--data", TEXT]
+    assert main([*arguments, "--steps", "2", "--window", "32", "--batch", "2", "--start", "rtn"]) == 0
+    shown = capsys.readouterr().out
+    assert "inputs of 28 matrices are rounded to int8-token as the model runs" in shown
+    assert "(bitnet), verified with transformers" in shown
+    assert main(["verify", out, "--against", TINY]) == 0
+    assert "transformers" in capsys.readouterr().out
+    assert main(["generate", out, "--prompt", "It was", "--max-tokens", "3"]) == 0

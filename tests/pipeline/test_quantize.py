@@ -39,6 +39,7 @@ def left_behind(folder: Path) -> list[str]:
         ("out", "nf4-dq", "fewbits"),
         ("out", "ternary", "fewbits"),
         ("out", "q4_0", "fewbits"),
+        ("out", "ternary-tensor", "bitnet"),
         ("out", "bf16", "huggingface"),
         ("out.gguf", "q4_0", "gguf"),
         ("out.gguf", "q5_1", "gguf"),
@@ -48,7 +49,7 @@ def left_behind(folder: Path) -> list[str]:
 def test_every_kind_is_written_proven_and_accounted_for(
     llama: Path, tmp_path: Path, out: str, format: str, kind: str
 ) -> None:
-    made = fewbits.quantize(llama, tmp_path / out, format=format)
+    made = fewbits.quantize(llama, tmp_path / out, format=format, kind="bitnet" if kind == "bitnet" else None)
     assert made.kind == kind
     source = load_file(llama / "model.safetensors")
     assert {t.source for t in made.tensors} == source.keys()

@@ -113,6 +113,18 @@ def test_a_model_that_predicts_otherwise_is_found(out: Path, monkeypatch: pytest
     assert "predicts differently" in found.mismatches[0]
 
 
+def test_an_independent_stack_that_is_not_installed_is_said(
+    gguf: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fewbits.quantize(llama, tmp_path / "bitnet", format="ternary-tensor", kind="bitnet", prove=False)
+    monkeypatch.setattr(_stacks, "find_spec", lambda package: None)
+    for path, missing in ((gguf, "llama-cpp-python"), (tmp_path / "bitnet", "accelerate")):
+        found = fewbits.verify(path)
+        assert found.passed
+        assert found.stack is None
+        assert missing in found.notes[0]
+
+
 def test_a_missing_or_extra_tensor_is_found(out: Path) -> None:
     weights = load_file(out / "model.safetensors")
     norm = weights.pop("model.norm.weight")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fewbits.checkpoint.activations import CACHE_SCALES, cache_scales, input_scale, is_scale
 from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
+from fewbits.checkpoint.bitnet import BitNet
 from fewbits.checkpoint.compressed_tensors import CompressedTensors
 from fewbits.checkpoint.fewbits import Fewbits
 from fewbits.checkpoint.gguf import Gguf
@@ -23,6 +24,7 @@ KINDS: dict[str, Kind] = {
         Gguf(),
         Fewbits(),
         CompressedTensors(),
+        BitNet(),
         HuggingFace(),
     )
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from fewbits.errors import UnsupportedError
-from fewbits.formats import ActivationFormat, Format, QTensor
+from fewbits.formats import ActivationFormat, Float, Format, QTensor
 
 ARRAYS, ARRAY_HEADER = 4, 120  # of an entry in safetensors files, at most; bytes of an array's line beside its name
 FOREIGN_PART = 1 << 22  # numbers that an independent decoder is asked for at a time
@@ -115,6 +115,8 @@ class Kind(ABC):
     """One sentence for `fewbits formats`: who loads it."""
     decoder: ClassVar[str | None] = None
     """The library, not ours, that `foreign` decodes with."""
+    inputs: ClassVar[ActivationFormat | None] = None
+    """What its engine rounds the inputs of every quantized matrix to; None where an entry may choose."""
 
     @abstractmethod
     def detect(self, path: Path) -> bool:
@@ -127,6 +129,14 @@ class Kind(ABC):
     @abstractmethod
     def admits(self, entry: Entry) -> str | None:
         """None if this kind can hold the entry exactly, else a sentence that says why not."""
+
+    def admits_beside(self, entry: Entry, names: Collection[str]) -> str | None:
+        """The same in a checkpoint with entries of these names, where what stands beside an entry matters."""
+        return self.admits(entry)
+
+    def entry(self, name: str, shape: tuple[int, ...], format: Format) -> Entry:
+        """An entry as this kind's engine runs it: with rounded inputs, if it rounds those of every matrix."""
+        return Entry(name, shape, format, None if isinstance(format, Float) else self.inputs)
 
     def file_bytes(self, format: Format, shape: tuple[int, ...]) -> int:
         """Bytes that a tensor takes in the file, padding included."""

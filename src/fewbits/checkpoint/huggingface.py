@@ -104,8 +104,9 @@ def float_trouble(entry: Entry) -> str | None:
 
 def require_admitted(kind: Kind, entries: Sequence[Entry]) -> None:
     """Raise UnsupportedError with the kind's sentence on the first entry it cannot hold, or if a scale is missing."""
+    names = {entry.name for entry in entries}
     for entry in entries:
-        trouble = kind.admits(entry)
+        trouble = kind.admits_beside(entry, names)
         if trouble is not None:
             raise UnsupportedError(trouble)
     require_scales(entries)

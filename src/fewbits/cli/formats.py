@@ -86,7 +86,6 @@ def _families(lines: tuple[Line, ...]) -> list[list[Line]]:
 
 def _lines() -> list[Line]:
     from fewbits.checkpoint import KINDS
-    from fewbits.checkpoint.base import Entry
     from fewbits.formats import FORMATS
     from fewbits.formats.base import Grouped
     from fewbits.formats.explain import USUAL, bits_per_weight, family
@@ -99,7 +98,7 @@ def _lines() -> list[Line]:
             bits_per_weight=bits_per_weight(format),
             levels=None if format.levels is None else len(format.levels),
             file_types=tuple(
-                kind.name for kind in KINDS.values() if kind.admits(Entry("model.weight", USUAL, format)) is None
+                kind.name for kind in KINDS.values() if kind.admits(kind.entry("model.weight", USUAL, format)) is None
             ),
             summary=format.summary,
         )

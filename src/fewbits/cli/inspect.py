@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> Inspection:
             name=entry.name,
             format=entry.format.name,
             shape=entry.shape,
-            nbytes=entry.nbytes,
-            bits_per_weight=8 * entry.nbytes / max(1, entry.weights),
+            nbytes=kind.file_bytes(entry.format, entry.shape),
+            bits_per_weight=8 * kind.file_bytes(entry.format, entry.shape) / max(1, entry.weights),
             error=errors.get(entry.name),
         )
         for entry in reader.entries.values()

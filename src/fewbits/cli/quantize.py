@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -207,8 +207,8 @@ def announce(need: Estimate, job: Job) -> None:
 
 def show(result: Quantization, console: Console) -> None:
     console.print(table(("tensors", "format", ">how many", ">weights", ">bytes", ">error"), _by_format(result.tensors)))
-    for reason, tensors in _exceptions(result.tensors).items():
-        console.print(f"  {_named(tensors)}: {reason}", style="dim", markup=False)
+    for line in exceptions(result.tensors):
+        console.print(f"  {line}", style="dim", markup=False)
     ratio = result.source_bytes / result.output_bytes
     change = f"{number(ratio, 3)}× smaller" if ratio > 1 else f"{number(1 / ratio, 3)}× larger"
     console.print(
@@ -222,8 +222,16 @@ def show(result: Quantization, console: Console) -> None:
         console.print(_calibrated(result.calibration), markup=False)
     if result.expected_kld is not None:
         console.print(f"the plan expected {number(result.expected_kld, 3)} nats", markup=False)
+    for line in rounded_inputs(result.tensors):
+        console.print(line, markup=False)
     proof = f"verified with {result.verified_with}" if result.verified_with else "not verified"
     console.print(f"{result.output} ({result.kind}), {proof}", markup=False)
+
+
+def rounded_inputs(tensors: Iterable[TensorReport]) -> list[str]:
+    """A line for each format that inputs of matrices are rounded to: some file types always do."""
+    found = Counter(tensor.inputs for tensor in tensors if tensor.inputs and tensor.fate == "quantized")
+    return [f"inputs of {many} matrices are rounded to {inputs} as the model runs" for inputs, many in found.items()]
 
 
 def _trial(trial: Trial) -> tuple[str, str, str, str]:
@@ -258,13 +266,13 @@ def _mean_error(tensors: list[TensorReport]) -> str:
     return f"{100 * sum(errors) / len(errors):.2f} %" if errors else ""
 
 
-def _exceptions(tensors: Iterable[TensorReport]) -> dict[str, list[str]]:
-    """Reason -> names of the tensors that it made an exception of."""
+def exceptions(tensors: Iterable[TensorReport]) -> list[str]:
+    """A line for each reason: the tensors that it made an exception of, and what it is."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for tensor in tensors:
         if tensor.reason:
             reasons[tensor.reason.replace(f"{tensor.name}: ", "")].append(tensor.name)
-    return reasons
+    return [f"{_named(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _named(names: list[str]) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fewbits.cli._curve import curve
 from fewbits.cli._print import count, number, progress_bar, size
-from fewbits.cli.quantize import _override
+from fewbits.cli.quantize import _override, exceptions, rounded_inputs
 from fewbits.results import AdapterTraining, Training
 
 if TYPE_CHECKING:
@@ -111,6 +111,11 @@ def _length(args: argparse.Namespace) -> Length:
     return Length(30.0 if args.minutes is None and args.steps is None else args.minutes, args.steps)
 
 
+def _note(text: str) -> None:
+    """To stderr, like all that is not a result."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 def _run_qlora(args: argparse.Namespace) -> AdapterTraining:
     from fewbits.pipeline._qlora import Qlora, train_qlora
 
@@ -138,7 +143,7 @@ def _run_qlora(args: argparse.Namespace) -> AdapterTraining:
             vocabulary=args.vocabulary,
             qlora=qlora,
             progress=progress,
-            announce=lambda note: print(f"note: {note}", file=sys.stderr),
+            announce=_note,
         )
 
 
@@ -174,6 +179,7 @@ def _run_qat(args: argparse.Namespace) -> Training:
             threads=args.threads,
             prove=not args.no_verify,
             progress=progress,
+            announce=_note,
         )
 
 
@@ -189,6 +195,8 @@ def show(result: Training, console: Console) -> None:
         f"{size(result.source_bytes)} → {size(result.output_bytes)}: {number(result.bits_per_weight)} bits a weight "
         f"over {count(result.weights)} weights"
     )
+    for line in (*exceptions(result.tensors), *rounded_inputs(result.tensors)):
+        console.print(line, markup=False)
     proof = f"verified with {result.verified_with}" if result.verified_with else "not verified"
     console.print(f"{Path(result.output)} ({result.kind}), {proof}", markup=False)
 

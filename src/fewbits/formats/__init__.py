@@ -21,7 +21,7 @@ from fewbits.formats.gguf_k import GGUF_K
 from fewbits.formats.gguf_legacy import GGUF_LEGACY
 from fewbits.formats.gguf_ternary import GGUF_TERNARY
 from fewbits.formats.minifloat import MINIFLOATS
-from fewbits.formats.ternary import TERNARY
+from fewbits.formats.ternary import TERNARY, Ternary
 
 FORMATS: dict[str, Format] = {
     format.name: format
@@ -67,6 +67,7 @@ __all__ = [
     "Grouped",
     "Params",
     "QTensor",
+    "Ternary",
     "activation_named",
     "format_named",
 ]

@@ -28,6 +28,7 @@ from fewbits.errors import FormatError
 from fewbits.formats.affine import Affine
 from fewbits.formats.base import Format
 from fewbits.formats.minifloat import E4M3_MAX, Fp8
+from fewbits.formats.ternary import Ternary
 
 SMALLEST = torch.finfo(torch.float32).tiny
 UNSEEN = torch.finfo(torch.float32).eps
@@ -98,7 +99,9 @@ class ActivationFormat:
         """Why a product with weights in this format cannot be made of codes alone; None if it can."""
         needed = "integers" if self.element == "int8" else "FP8 E4M3"
         fits = (
-            isinstance(weight, Affine) if self.element == "int8" else isinstance(weight, Fp8) and weight.exponent == 4
+            isinstance(weight, Affine | Ternary)
+            if self.element == "int8"
+            else isinstance(weight, Fp8) and weight.exponent == 4
         )
         if not fits:
             return f"{self.name} inputs are multiplied by {needed}, not {weight}; choose weights of that type"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fewbits.checkpoint import Entry, Reader
+from fewbits.checkpoint import Entry, Kind, Reader
 from fewbits.checkpoint.base import FOREIGN_PART
 from fewbits.errors import OutputError
 from fewbits.formats import Float, Format
@@ -22,18 +22,19 @@ from fewbits.results import Estimate
 
 TEMPORARIES = 18  # FP32 copies of a part that a thread has in memory, freed ones not yet given back included; measured
 SAMPLE = 1 << 20  # weights that are quantized to learn how fast this machine is
-PROOF_IMPORTS = {"compressed-tensors": 130_000_000, "gguf-py": 20_000_000}  # bytes the libraries take; measured
+PROOF_IMPORTS = {"compressed-tensors": 130_000_000, "gguf-py": 20_000_000, "transformers": 50_000_000}
+"""Bytes in memory that the libraries take; measured."""
 PROOF_BYTES = 88  # bytes in memory for each number that an independent decoder is asked for at a time; measured
 PROOF_SECONDS = 12e-9  # a weight: hash, decode twice, compare, read the source again; measured on one machine
 
 
 def estimate(
-    entries: Sequence[Entry], method: TensorMethod, threads: int, part: int, *, decoder: str | None
+    entries: Sequence[Entry], method: TensorMethod, threads: int, part: int, *, kind: Kind, prove: bool
 ) -> Estimate:
     """Peak memory (bytes resident), disk (bytes written) and seconds of quantizing these entries.
 
     The time of quantizing is measured: a random part of a million weights goes through each format once. That of
-    proving the output with `decoder` (None: it is not to be proven) is a fixed one for each weight.
+    proving the output with the kind's decoder is a fixed one for each weight.
     """
     base = resident_memory()  # before the sample below adds to it
     weights = sum(entry.weights for entry in entries)
@@ -44,10 +45,11 @@ def estimate(
         per_weight = {format: alone.submit(_seconds_per_weight, method, format).result() for format in formats}
     work = sum(entry.weights * per_weight[entry.format] for entry in entries)
     quantizing = threads * at_once * TEMPORARIES * 4
+    decoder = kind.decoder if prove else None
     proving = PROOF_IMPORTS.get(decoder, 0) + asked * PROOF_BYTES if decoder else 0
     return Estimate(
         peak_memory=base + max(quantizing, proving),
-        disk=sum(entry.nbytes for entry in entries),
+        disk=sum(kind.file_bytes(entry.format, entry.shape) for entry in entries),
         seconds=work / threads + (weights * PROOF_SECONDS if decoder else 0.0),
     )
 

@@ -83,8 +83,9 @@ def prepare(
     source, out = local_folder(model), Path(out)
     reader = original = open_source(source)
     wanted = parse(format)
-    rounding = None if inputs is None else activation_named(inputs)
-    target = choose_kind(out, wanted, kind, rounding)
+    asked = None if inputs is None else activation_named(inputs)
+    target = choose_kind(out, wanted, kind, asked)
+    rounding = asked or target.inputs
     beside = original.companions() if isinstance(original, GgufSource) and target.name != "gguf" else {}
     architecture = describe(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     require_ties(reader, architecture.tied)
@@ -102,9 +103,10 @@ def prepare(
         metadata, extras = _gguf_facts(original, reader.config, source, pretokenizer)
         dropped = gguf_dropped(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     pieces = tuple(cut(target, architecture, reader))
+    names = {piece.name for piece in pieces}
     rules = Rules(
         format=wanted,
-        admits=lambda name, shape, f: target.admits(Entry(name, shape, f)),
+        admits=lambda name, shape, f: target.admits_beside(target.entry(name, shape, f), names),
         vocabulary=None if vocabulary is None else parse(vocabulary),
         overrides=tuple((p, None if f == "keep" else parse(f)) for p, f in (overrides or {}).items()),
         gguf=target.name == "gguf",
@@ -116,8 +118,8 @@ def prepare(
     streamed = recipe.solver if recipe.streams else METHODS["rtn"]
     assert isinstance(streamed, TensorMethod)
     tensors = tuple(_entry(piece, plan, target, rounding) for piece in pieces)
-    if rounding is not None and not any(entry.inputs for entry in tensors):
-        raise UnsupportedError(_refused(tensors, target, rounding))
+    if asked is not None and not any(entry.inputs for entry in tensors):
+        raise UnsupportedError(_refused(tensors, target, asked))
     rounded = Rounded({e.name: e.inputs for e in tensors if e.inputs}, None if cache is None else cache_named(cache))
     scales = (*filter(None, map(input_scale, tensors)), *_cache_entries(reader, rounded))
     entries = (*tensors, *(Entry(name, (len(values),), FP32) for name, values in extras.items()), *scales)
@@ -165,7 +167,8 @@ def _gguf_facts(
 def _entry(piece: Piece, plan: Plan, kind: Kind, rounding: ActivationFormat | None) -> Entry:
     """The entry of a piece; its inputs are rounded if they can be (those of experts cannot)."""
     entry = Entry(piece.name, piece.shape, plan[piece.name].format)
-    if rounding is None or piece.role is not Role.LINEAR or not plan[piece.name].quantized:
+    layer = piece.role is Role.LINEAR or kind.inputs is not None
+    if rounding is None or not layer or not plan[piece.name].quantized:
         return entry
     with_inputs = replace(entry, inputs=rounding)
     return with_inputs if kind.admits(with_inputs) is None else entry

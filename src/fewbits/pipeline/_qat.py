@@ -11,7 +11,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from fewbits.evals.tokenizer import tokenizer_of
 from fewbits.evals.whole_text import read_all
 from fewbits.formats import Format, QTensor
 from fewbits.methods.products import product_type
-from fewbits.models import Slot
+from fewbits.models import Role, Slot
 from fewbits.pipeline._blocks import SolvedBlock, Work, relative_error, scale_name
 from fewbits.pipeline._calibrate import SOLVED, Calibration, Progress, Run, make_ready, solving
 from fewbits.pipeline._estimate import check_room, source_bytes
@@ -89,12 +90,14 @@ def train_qat(
     prove: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> Training:
     """Train a model in a format, from a post-training result on, and write it.
 
     model, out, format, inputs, kind, vocabulary, overrides, prove, progress: as `fewbits.quantize` takes them.
     data: text to train on, a file that `evaluate` would take; its last windows are held out. start: the method that
-    makes what training begins with; no transforms.
+    makes what training begins with; no transforms. announce: called, before anything runs, with a sentence for each
+    reason why matrices get another format than was asked for.
     Started again with the same arguments after a kill or Ctrl-C it goes on from the last saved state. Raises a
     FewbitsError; then nothing is left at `out`, and KeyboardInterrupt once the state is saved.
     """
@@ -115,6 +118,9 @@ def train_qat(
     if job.recipe.transforms:
         raise UnsupportedError(f"start '{start}': training begins with the model's own weights; leave transforms out")
     text, held = _text(job, data, qat)
+    if announce:
+        for note in exceptions(job):
+            announce(note)
     # Without a limit to the start's divergence: three levels and two are far away until they are trained.
     few = replace(text, ids=text.ids[:CALIBRATED])
     calibration = Calibration(text=few, length=qat.window, device=qat.device, limit=math.inf)
@@ -148,6 +154,16 @@ def train_qat(
         verified_with=decoder,
         tensors=reports,
     )
+
+
+def exceptions(job: Job) -> list[str]:
+    """What becomes of matrices that the file type cannot hold as was asked for, one sentence a reason."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for piece in job.pieces:
+        reason = job.plan[piece.name].reason
+        if piece.role in (Role.LINEAR, Role.EXPERTS) and reason is not None:
+            found[reason.replace(f"{piece.name}: ", "")].append(piece.name)
+    return [f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {why}" for why, names in found.items()]
 
 
 def _text(job: Job, data: str | Path, qat: Qat) -> tuple[Windows, Windows]:

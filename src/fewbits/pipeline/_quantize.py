@@ -103,7 +103,7 @@ def quantize(
     began = time.monotonic()
     threads = threads or os.cpu_count() or 1
     given = calibration if isinstance(calibration, Calibration) else Calibration(calibration or "self")
-    need = estimate(job.entries, job.method, threads, PART, decoder=job.kind.decoder if prove else None)
+    need = estimate(job.entries, job.method, threads, PART, kind=job.kind, prove=prove)
     calibrated = weigh or job.rounded.observed or not job.recipe.streams
     ready = make_ready(job, given) if calibrated and not auto else None
     solving = Estimate(0, need.disk, 60 * auto.minutes) if auto else ready.need if ready else Estimate(0, 0, 0.0)

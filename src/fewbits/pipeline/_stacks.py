@@ -24,12 +24,21 @@ from fewbits.engine.skeleton import attention
 from fewbits.errors import VerificationError
 
 WINDOW = 64  # tokens in the probe
-LOGIT_KLD = {"huggingface": 1e-6, "compressed-tensors": 1e-4, "gguf": 1e-2}
+LOGIT_KLD = {"huggingface": 1e-6, "compressed-tensors": 1e-4, "bitnet": 1e-6, "gguf": 1e-2}
 """Largest mean KL divergence (nats) that the arithmetic of each file type's independent stack explains. Measured on
 models of 0.26 M to 1.2 G weights: 0 for the first two in FP32, 2e-7 for GGUF in F16 and up to 7e-4 quantized."""
 ROUNDED_INPUTS_KLD = 1e-2
 """The same where inputs are rounded: whoever sums in another order rounds some of them to the neighbouring code, and so
-does a stack that divides by 127.5 where fewbits and vLLM divide by 127. Measured on books: up to 1.3e-3."""
+does a stack that divides by 127.5 where fewbits and vLLM divide by 127. Measured on books: up to 1.3e-3,
+and 9e-5 in BitNet layers."""
+
+
+NEEDED = {
+    "gguf": ("llama_cpp", "llama-cpp-python is not installed (pip install fewbits[llama-cpp])"),
+    "bitnet": ("accelerate", "transformers needs accelerate for BitNet layers (pip install fewbits[train])"),
+    "adapted": ("peft", "the adapter inside needs PEFT (pip install fewbits[train])"),
+}
+"""Kind -> the package that its independent stack cannot do without, and what to say where it is not installed."""
 
 
 def logit_limit(kind: Kind, reader: Reader) -> float:
@@ -46,13 +55,9 @@ def compare_logits(kind: Kind, out: Path) -> tuple[str | None, float | None, str
     """
     if kind.name == "fewbits":
         return None, None, "logits not compared: only fewbits loads its own file type"
-    if kind.name == "gguf":
-        try:
-            import llama_cpp  # noqa: F401
-        except ImportError:
-            return None, None, "logits not compared: llama-cpp-python is not installed (pip install fewbits[llama-cpp])"
-    if adapter_inside(out) is not None and find_spec("peft") is None:
-        return None, None, "logits not compared: the adapter inside needs PEFT (pip install fewbits[train])"
+    package, why = NEEDED.get("adapted" if adapter_inside(out) else kind.name, (None, None))
+    if package is not None and find_spec(package) is None:
+        return None, None, f"logits not compared: {why}"
     from fewbits.engine import load  # here, because it imports transformers, which writing files has no need of
 
     model = load(out)
@@ -97,11 +102,12 @@ def _transformers(out: Path, tokens: Tensor) -> tuple[str, Tensor]:
     if adapter is not None and getattr(config, "quantization_config", None):
         config.quantization_config["dequantize"] = True  # PEFT reads the weights of its layers
         settings["config"] = config
-    with redirect_stderr(StringIO()):  # several progress bars; what goes wrong is raised
-        model = auto.from_pretrained(out, dtype=torch.float32, local_files_only=True, **settings)
-        if adapter is not None:
-            model.load_adapter(str(adapter))
-    return f"transformers {transformers.__version__}", _output(model, tokens)
+    with torch.compiler.set_stance("force_eager"):  # BitNet layers compile themselves, which takes longer than a run
+        with redirect_stderr(StringIO()):  # several progress bars; what goes wrong is raised
+            model = auto.from_pretrained(out, dtype=torch.float32, local_files_only=True, **settings)
+            if adapter is not None:
+                model.load_adapter(str(adapter))
+        return f"transformers {transformers.__version__}", _output(model, tokens)
 
 
 def load_config(out: Path) -> Any:

@@ -153,7 +153,7 @@ def _report(job: Job, piece: Piece, choice: Choice, error: float, digests: Mappi
         fate="quantized" if changed else "kept",
         shape=piece.shape,
         format=choice.format.name,
-        nbytes=choice.format.nbytes(piece.shape),
+        nbytes=job.kind.file_bytes(choice.format, piece.shape),
         method=method if changed else None,
         error=error if changed else None,
         reason=f"rewritten by {job.method_name}" if transformed and not changed else choice.reason,
