@@ -30,16 +30,17 @@ from fewbits.formats import Format, QTensor
 from fewbits.methods.products import product_type
 from fewbits.models import Role, Slot
 from fewbits.pipeline._blocks import SolvedBlock, Work, relative_error, scale_name
-from fewbits.pipeline._calibrate import SOLVED, Calibration, Progress, Run, make_ready, solving
+from fewbits.pipeline._calibrate import SOLVED, Calibration, Progress, Ready, Run, make_ready, solving
 from fewbits.pipeline._estimate import check_room, source_bytes
 from fewbits.pipeline._job import Job, prepare
 from fewbits.pipeline._journal import Journal
 from fewbits.pipeline._quantize import output_bytes, proven
 from fewbits.pipeline._stages import Stages
 from fewbits.pipeline._stream import run as write
+from fewbits.pipeline._training_need import in_words, training_need
 from fewbits.pipeline._vocabulary import VOCABULARY
 from fewbits.plan.rules import parse
-from fewbits.results import Training
+from fewbits.results import Estimate, Training
 from fewbits.train import Course, FakeInputs, Length, Loss, Matrix, Student, Trained, train
 from fewbits.train.data import Packed
 
@@ -127,7 +128,10 @@ def train_qat(
     stages = Stages(progress)
     with fast_float32(qat.device):
         ready = make_ready(job, calibration)
-        check_room(job.out, ready.need.disk)
+        need = _need(job, ready, qat)
+        check_room(job.out, need.disk)
+        if announce:
+            announce(in_words(need))
         facts = {"training": repr(replace(qat, length=Length())), "text": text.digest}
         with solving(job, ready, stages.next(START_SHARE), facts=facts) as solved:
             trained = _trained(solved, text, held, qat, stages.next(1 - START_SHARE - WRITING_SHARE))
@@ -154,6 +158,14 @@ def train_qat(
         verified_with=decoder,
         tensors=reports,
     )
+
+
+def _need(job: Job, ready: Ready, qat: Qat) -> Estimate:
+    """What solving the start and training take."""
+    trained = sum(math.prod(ready.work.shapes[name]) for name in ready.work.slots)
+    parameters = sum(entry.weights for entry in job.reader.entries.values())
+    tokens = qat.batch * qat.window
+    return ready.need.then(training_need(job.reader.config, parameters, trained, tokens))
 
 
 def exceptions(job: Job) -> list[str]:
