@@ -62,7 +62,7 @@ def test_large_weights_are_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) 
     for together, block in ((1 << 22, 1 << 18), (20 * 64, 7 * 64), (64, 64)):
         monkeypatch.setattr(module, "TOGETHER", together)
         monkeypatch.setattr(module, "BLOCK", block)
-        monkeypatch.setattr("fewbits.kernels.packed.BLOCK", block)
+        monkeypatch.setattr(sys.modules["fewbits.kernels.decode"], "BLOCK", block)
         x = draw(3, 64, seed=2).requires_grad_(True)
         y = linear(x, weight)
         y.sum().backward()

@@ -53,10 +53,7 @@ class PackedWeight(nn.Module):
 
     def decode(self) -> Tensor:
         """The whole matrix in `dtype`."""
-        w = torch.empty(self.shape, dtype=self.dtype, device=self.get_buffer("_like").device)
-        for rows, block in self.view().blocks():
-            w[rows] = block
-        return w
+        return self.view().rows(slice(0, self.shape[0]), self.dtype)
 
     def extra_repr(self) -> str:
         nbytes = self.format.nbytes(self.shape)
