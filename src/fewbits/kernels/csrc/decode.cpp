@@ -1,16 +1,15 @@
 // Codes into numbers, through a table. A row is taken CHUNK columns at a time: its codes are unpacked to bytes, which
 // stay in the first-level cache, then looked up, scaled, rounded and written where they will be multiplied.
 //
-// Eight codes of b bits are b bytes, whatever b is, so one loop serves every width; a chunk begins at a whole byte, and
+// Eight codes of b bits are b bytes, whatever b is, so codes are unpacked by eights; a chunk begins at a whole byte, and
 // groups of any size are cut where chunks end. Codes past the last whole eight lie in bytes of which some may be missing:
-// those pass through a buffer of eight zeros. Cost per weight: one shift and mask, one load from the table, two operations
-// and four more for bfloat16, about a third of a nanosecond, whether the processor has gathers or not.
+// those pass through a buffer of eight zeros. Cost per weight: a shift and a mask, a load from the table, two operations
+// and four more for bfloat16: about a third of a nanosecond, whether the processor has gathers or not.
 
 #include "decode.h"
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstring>
 
 #include "parallel.h"
