@@ -3,7 +3,8 @@
 Every side trains the same adapter (rank, rate, windows in the same order) on the first windows of a text and is
 measured on its last ones, by transformers' Trainer, in BF16 autocast where the machine has units for it. Our sides run
 in this environment: `--bases` are formats, and fp32 is the model itself. The peer runs in an environment of its own
-that has bitsandbytes, transformers and peft.
+that has bitsandbytes, transformers and peft. Seconds are those of the clock and those of the processor; the latter
+compare sides on a busy machine, with OMP_NUM_THREADS=1, because threads that wait are counted too.
 
     python bench/qlora.py MODEL --text shakespeare.txt --steps 150 --bases fp32 nf4-dq
     python bench/qlora.py MODEL --text shakespeare.txt --steps 12 --bases nf4-dq --peer PYTHON --rounds 3
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 PEER = "bitsandbytes"
+SECONDS = ("step_seconds", "step_cpu_seconds")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def with_adapter(model: Any, rank: int, *, ours: bool) -> Any:
 
 
 def trained(base: str, path: Path, text: Path, s: dict[str, Any]) -> dict[str, Any]:
-    """Train one side. Returns its losses and the median seconds of a step."""
+    """Train one side. Returns its losses and the median seconds of a step, by the clock and of the processor."""
     import torch
     from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
@@ -76,14 +78,15 @@ def trained(base: str, path: Path, text: Path, s: dict[str, Any]) -> dict[str, A
     windows = torch.tensor(ids[: count * s["window"]]).view(count, s["window"])
     rows = [{"input_ids": row, "labels": row} for row in windows]
     held = max(1, count // 20)
-    seconds: list[float] = []
+    seconds: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.since = time.perf_counter()
+            self.since = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.since)
+            clock, processor = self.since
+            seconds.append((time.perf_counter() - clock, time.process_time() - processor))
 
     with tempfile.TemporaryDirectory() as folder:
         model = with_adapter(model_in(base, path, Path(folder)), s["rank"], ours=base != PEER)
@@ -113,7 +116,8 @@ def trained(base: str, path: Path, text: Path, s: dict[str, Any]) -> dict[str, A
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
-    return {"base": base, "before": before, "after": after, "step_seconds": statistics.median(seconds[1:] or seconds)}
+    clock, processor = (statistics.median(each) for each in zip(*(seconds[1:] or seconds), strict=True))
+    return {"base": base, "before": before, "after": after, "step_seconds": clock, "step_cpu_seconds": processor}
 
 
 def run(python: str, base: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -147,12 +151,13 @@ def main() -> None:
         return
     sides = [(sys.executable, base) for base in args.bases] + ([(args.peer, PEER)] if args.peer else [])
     rounds = [[run(python, base, args) for python, base in sides] for _ in range(args.rounds)]
-    print("| base | held-out loss | after | seconds a step |\n|---|---|---|---|")
+    print("| base | held-out loss | after | seconds a step | of the processor |\n|---|---|---|---|---|")
     rows = []
     for found in zip(*rounds, strict=True):
-        step = statistics.median(each["step_seconds"] for each in found)
-        rows.append(found[0] | {"step_seconds": step})
-        print(f"| {found[0]['base']} | {found[0]['before']:.4f} | {found[0]['after']:.4f} | {step:.3f} |")
+        times = {name: statistics.median(each[name] for each in found) for name in SECONDS}
+        rows.append(found[0] | times)
+        losses = f"{found[0]['before']:.4f} | {found[0]['after']:.4f}"
+        print(f"| {found[0]['base']} | {losses} | {' | '.join(f'{each:.3f}' for each in times.values())} |")
     print(
         json.dumps({"bench": "qlora", "model": args.model.name, **settings(args), "rounds": args.rounds, "rows": rows})
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits.checkpoint.adapter import LowRank, adapter_inside, base_of, read_adapter, write_adapter
+from fewbits.checkpoint.adapter import Added, adapter_inside, base_of, read_adapter, write_adapter
 from fewbits.errors import CheckpointError, OutputError
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -41,7 +41,7 @@ def test_a_scale_of_the_root(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    write_adapter(tmp_path / "a", {LAYER: LowRank(A, B)})
+    write_adapter(tmp_path / "a", {LAYER: Added(A, B)})
     found = read_adapter(tmp_path / "a")
     assert torch.equal(found[LAYER].a, A)
     assert torch.equal(found[LAYER].b, B)
@@ -50,7 +50,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     (tmp_path / "a").rename(tmp_path / "adapter")
     assert adapter_inside(tmp_path) == tmp_path / "adapter"
     with pytest.raises(OutputError):
-        write_adapter(tmp_path / "adapter", {LAYER: LowRank(A, B)})
+        write_adapter(tmp_path / "adapter", {LAYER: Added(A, B)})
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.nn import functional
 
 from fewbits.formats import FORMATS, QTensor
 from fewbits.kernels import Packed, embedding, linear
-from fewbits.kernels import packed as packed_module
+from fewbits.kernels.decode import reference
 
 NAMES = ["int4-g32", "int3-g32", "int8", "int8-tensor", "int4-asym-g32", "nf4", "nf4-dq", "nvfp4", "q4_0", "fp8-e4m3"]
 
@@ -28,7 +30,8 @@ def weight(request) -> QTensor:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 7 rows of 64, so that 24 rows make three whole ones and a rest."""
-    monkeypatch.setattr(packed_module, "BLOCK", 7 * 64)
+    for module in ("decode", "linear"):
+        monkeypatch.setattr(sys.modules[f"fewbits.kernels.{module}"], "BLOCK", 7 * 64)
 
 
 def sum_error(x, w, bias=0.0):
@@ -52,9 +55,8 @@ def test_linear_keeps_the_dtype_of_x(weight):
     assert torch.equal(found, functional.linear(x, weight.dequantize().bfloat16()))
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_blocks_cover_every_row_once(weight):
-    blocks = list(Packed.of(weight).blocks())
+    blocks = list(Packed.of(weight).blocks(torch.float32, 7 * 64))
     assert [(rows.start, rows.stop) for rows, _ in blocks] == [(0, 7), (7, 14), (14, 21), (21, 24)]
     assert torch.equal(torch.cat([block for _, block in blocks]), weight.dequantize())
 
@@ -66,10 +68,23 @@ def test_embedding_is_indexing(weight):
     assert embedding(ids, Packed.of(weight), torch.float16).dtype == torch.float16
 
 
-def test_the_float_weight_never_exists_whole(monkeypatch):
-    """The largest float tensor that decoding makes is one block."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_float_weight_never_exists_whole(monkeypatch, dtype):
+    """The largest float tensor that multiplying makes is one block, compiled or not."""
+    weight, sizes = quantized("int4-g32", 64, 64), []
+    for module in ("decode", "linear"):
+        monkeypatch.setattr(sys.modules[f"fewbits.kernels.{module}"], "BLOCK", 8 * 64)
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *args, **more: sizes.append(empty(*args, **more).numel()) or empty(*args, **more)
+    )
+    linear(torch.randn(1, 64).to(dtype), Packed.of(weight))
+    assert max(sizes) == 512
+
+
+def test_the_reference_decodes_a_block_at_a_time(monkeypatch):
     weight = quantized("int4-g32", 64, 64)
-    monkeypatch.setattr(packed_module, "BLOCK", 8 * 64)
+    monkeypatch.setattr(sys.modules["fewbits.kernels.decode"], "BLOCK", 8 * 64)
     seen = []
     decode = type(weight.format).decode
 
@@ -78,5 +93,5 @@ def test_the_float_weight_never_exists_whole(monkeypatch):
         return decode(self, codes, params)
 
     monkeypatch.setattr(type(weight.format), "decode", spy)
-    linear(torch.randn(1, 64), Packed.of(weight))
+    reference(Packed.of(weight))(slice(0, 64), torch.empty(64, 64))
     assert seen == [512] * 8

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.checkpoint import checkpoint
 
 import fewbits
 from fewbits.errors import UnsupportedError
@@ -62,7 +64,7 @@ def test_large_weights_are_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) 
     for together, block in ((1 << 22, 1 << 18), (20 * 64, 7 * 64), (64, 64)):
         monkeypatch.setattr(module, "TOGETHER", together)
         monkeypatch.setattr(module, "BLOCK", block)
-        monkeypatch.setattr("fewbits.kernels.packed.BLOCK", block)
+        monkeypatch.setattr(sys.modules["fewbits.kernels.decode"], "BLOCK", block)
         x = draw(3, 64, seed=2).requires_grad_(True)
         y = linear(x, weight)
         y.sum().backward()
@@ -128,6 +130,104 @@ def test_gradients_are_those_of_the_decoded_model(quantized: Path) -> None:
     for name, slope in decoded_slopes.items():
         assert slope is not None
         assert float((packed_slopes[name] - slope).abs().max()) <= 1e-3 * float(slope.abs().max()), name
+
+
+def layer_with(**options: Any) -> LoraQuantizedLinear:
+    """An NF4 layer [48, 64] whose adapters, `default` and what `also` names, are not zero."""
+    also = options.pop("also", ())
+    format = FORMATS["nf4"]
+    codes, params = format.plain(0.02 * draw(48, 64, seed=1))
+    base = QuantizedLinear(PackedWeight.of(QTensor(format, codes, params)), draw(48, seed=2))
+    config = LoraConfig(r=8, lora_alpha=12, **options)
+    layer = LoraQuantizedLinear(base, "default", config=config, r=8, lora_alpha=12)
+    for name in also:
+        layer.update_layer(name, 8, 12, config=config)
+    layer.set_adapter(["default", *also])
+    for i, parameter in enumerate(p for p in layer.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(i))
+    return layer
+
+
+def way(layer: LoraQuantizedLinear, x: torch.Tensor, *, ours: bool) -> list[torch.Tensor]:
+    """The output of the layer, its slopes by x (where it has one) and by what is trained."""
+    x = x.detach().requires_grad_(x.requires_grad)
+    layer.zero_grad()
+    y = layer(x) if ours else super(LoraQuantizedLinear, layer).forward(x)
+    y.float().mul(draw(*y.shape, seed=9)).sum().backward()
+    slopes = [x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
+    return [y.detach(), *(slope for slope in slopes if slope is not None)]
+
+
+@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("slope_by_x", [False, True])
+def test_a_plain_adapter_is_pefts_in_fewer_operations(
+    monkeypatch: pytest.MonkeyPatch, lower: bool, slope_by_x: bool
+) -> None:
+    layer, x = layer_with(), draw(2, 40, 64, seed=3).requires_grad_(slope_by_x)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lower):
+        expected = way(layer, x, ours=False)
+        monkeypatch.setattr(layer.lora_A["default"], "forward", lambda _: pytest.fail("PEFT's way was taken"))
+        found = way(layer, x, ours=True)
+    assert len(found) == len(expected) == 3 + slope_by_x
+    unit = 2.0**-7 if lower else 80 * UNIT  # four roundings of BF16 on the way; sums of 80 in float32
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert float((ours - theirs).float().norm()) <= unit * float(theirs.float().norm())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=lower):
+        assert float((layer(x) - expected[0]).float().norm()) <= unit * float(expected[0].float().norm())
+
+
+@pytest.mark.parametrize(
+    "options", [{"lora_dropout": 0.5}, {"lora_bias": True}, {"also": ("second",)}, {"use_dora": True}]
+)
+def test_other_adapters_are_pefts_own(options: dict[str, Any]) -> None:
+    layer, x = layer_with(**options), draw(2, 5, 64, seed=3)
+    torch.manual_seed(0)
+    expected = super(LoraQuantizedLinear, layer).forward(x)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), expected)
+    assert float((expected - layer.base_layer(x)).detach().abs().max()) > 0.01
+
+
+def test_adapters_can_be_switched_off_and_mixed() -> None:
+    layer, x = layer_with(), draw(2, 5, 64, seed=3)
+    mixed = layer(x, adapter_names=["__base__", "default"])
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert torch.equal(mixed[0], layer.base_layer(x)[0])
+    assert not torch.equal(mixed[1], layer.base_layer(x)[1])
+
+
+def test_an_adapter_in_float32_beside_16_bits_is_not_rounded() -> None:
+    """PEFT multiplies A and B in their own type where no autocast says otherwise."""
+    layer, x = layer_with(), draw(2, 5, 64, seed=3).bfloat16()
+    layer.base_layer.bfloat16()
+    assert torch.equal(layer(x), super(LoraQuantizedLinear, layer).forward(x))
+
+
+def test_layers_of_another_kind_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that shards A and B gathers them when they are called."""
+
+    class Sharded(torch.nn.Linear):
+        pass
+
+    layer, called = layer_with(), []
+    sharded = Sharded(64, 8, bias=False)
+    layer.lora_A["default"] = sharded
+    sharded.register_forward_hook(lambda *_: called.append(True))
+    layer(draw(2, 5, 64, seed=3))
+    assert called
+
+
+def test_checkpointing_changes_nothing() -> None:
+    layer, x = layer_with(), draw(2, 5, 64, seed=3).requires_grad_(True)
+    expected = way(layer, x, ours=True)
+    layer.zero_grad()
+    y = checkpoint(layer, x, use_reentrant=False)
+    y.mul(draw(*y.shape, seed=9)).sum().backward()
+    found = [y, x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
+    for ours, other in zip(found, expected, strict=True):
+        assert torch.equal(ours, other)
 
 
 def test_merging_is_refused(quantized: Path) -> None:

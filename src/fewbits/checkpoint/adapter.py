@@ -51,7 +51,7 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class LowRank:
+class Added:
     """What an adapter adds to a layer's weight [N, K]: B·A, in float32. a: [r, K]; b: [N, r], its scale included."""
 
     a: Tensor
@@ -71,7 +71,7 @@ def adapter_inside(path: Path) -> Path | None:
     return path / FOLDER if is_adapter(path / FOLDER) else None
 
 
-def read_adapter(path: Path) -> dict[str, LowRank]:
+def read_adapter(path: Path) -> dict[str, Added]:
     """Layer, by its name in transformers' model -> what is added to its weight.
 
     Raises CheckpointError for files that are missing, damaged or say more than can be read.
@@ -92,7 +92,7 @@ def read_adapter(path: Path) -> dict[str, LowRank]:
     return _layers(path, config, tensors)
 
 
-def _layers(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, LowRank]:
+def _layers(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Added]:
     found = {}
     for name in sorted(tensors):
         layer = name.removeprefix(BEFORE).removesuffix(".lora_A.weight")
@@ -110,7 +110,7 @@ def _layers(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -
     return found
 
 
-def _low_rank(path: Path, config: Mapping[str, Any], layer: str, a: Tensor, b: Tensor) -> LowRank:
+def _low_rank(path: Path, config: Mapping[str, Any], layer: str, a: Tensor, b: Tensor) -> Added:
     if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
         raise CheckpointError(
             f"{path / WEIGHTS}: the factors of {layer} are {list(a.shape)} and {list(b.shape)}, not [r, K] and [N, r]"
@@ -121,10 +121,10 @@ def _low_rank(path: Path, config: Mapping[str, Any], layer: str, a: Tensor, b: T
     if not isinstance(alpha, int | float):
         raise CheckpointError(f"{path / CONFIG}: lora_alpha is {alpha!r}, not a number")
     rank = len(a)
-    return LowRank(a, b * (alpha / (rank**0.5 if config.get("use_rslora") else rank)))
+    return Added(a, b * (alpha / (rank**0.5 if config.get("use_rslora") else rank)))
 
 
-def write_adapter(path: Path, layers: Mapping[str, LowRank], dtype: torch.dtype = torch.bfloat16) -> None:
+def write_adapter(path: Path, layers: Mapping[str, Added], dtype: torch.dtype = torch.bfloat16) -> None:
     """Write what is added to layers as an adapter that PEFT loads, its factors in `dtype`; all of one rank.
 
     path: a folder that does not exist. Raises OutputError where it cannot be written.

@@ -12,7 +12,7 @@ import torch
 from fewbits.errors import FormatError
 from fewbits.formats.activations import ACTIVATIONS, ActivationFormat, activation_named
 from fewbits.formats.affine import AFFINE, Affine
-from fewbits.formats.base import Arrays, ArraySpec, Format, Group, Grouped, Params, QTensor
+from fewbits.formats.base import Arrays, ArraySpec, Format, Group, Grouped, Lookup, Params, QTensor
 from fewbits.formats.binary import BINARY
 from fewbits.formats.codebook import CODEBOOKS
 from fewbits.formats.floats import FLOATS, Float
@@ -65,6 +65,7 @@ __all__ = [
     "Format",
     "Group",
     "Grouped",
+    "Lookup",
     "Params",
     "QTensor",
     "Ternary",

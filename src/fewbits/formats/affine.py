@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fewbits.formats._bits import pack_bits, unpack_bits, words
 from fewbits.formats._search import best_affine, best_scale, inverse
-from fewbits.formats.base import Arrays, ArraySpec, Params, Scaled
+from fewbits.formats.base import Arrays, ArraySpec, Lookup, Params, Scaled
 
 GROUPS = (16, 32, 64, 128)
 CLIP = {8: 0.92, 6: 0.7, 5: 0.55, 4: 0.4, 3: 0.3, 2: 0.2}
@@ -118,6 +118,10 @@ class Affine(Scaled):
         if self.symmetric:
             return (codes + self.lowest).view(torch.int8), params  # bytes wrap around
         return codes, params | {"zero": arrays["zero"].float()}
+
+    def lookup(self, arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Lookup:
+        zero = None if self.symmetric else arrays["zero"].float()
+        return self._lookup(arrays["packed"], shape, self.levels, arrays["scale"].float(), zero)
 
     def _zero(self, zero: Tensor) -> Tensor:
         return zero.round().clamp_(0, self.highest)

@@ -48,6 +48,31 @@ class ArraySpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a packed matrix whose numbers are (levels[code] − zero) · scale, each step rounded to float32.
+
+    codes: uint8 [N, bytes], a row's codes of `bits` bits as a bit stream (`_bits`), at its end zeros or nothing.
+    levels: float32 [2**bits], by the code as it is stored.
+    scale: float32 [N, G], or [1, G] where all rows share them, one for each `group` columns. zero: the same, or None
+    for 0.
+    """
+
+    codes: Tensor
+    bits: int
+    levels: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    group: int
+
+    def take(self, rows: slice | Tensor) -> Lookup:
+        """Some rows, as a slice or as indices (int64 [R])."""
+        shared = len(self.scale) < len(self.codes)
+        scale, zero = (p if p is None or shared else p[rows] for p in (self.scale, self.zero))
+        assert scale is not None
+        return replace(self, codes=self.codes[rows], scale=scale, zero=zero)
+
+
 class Format(ABC):
     """Which numbers a tensor can hold, and which bytes hold them."""
 
@@ -126,6 +151,13 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Params]:
         """The inverse of `pack` for a tensor of the given logical shape."""
+
+    def lookup(self, arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Lookup | None:
+        """A packed matrix as levels to look up, which compiled code decodes; None where its bytes are of another kind.
+
+        Scales are decoded, codes stay as they are.
+        """
+        return None
 
     def at_columns(self, params: Params, columns: Tensor) -> Params:
         """Params of single columns (indices, int64 [C]), broadcastable to [..., N, C]; see `round_at`."""
@@ -236,6 +268,13 @@ class Grouped(Format):
         double quantization).
         """
         return params
+
+    def _lookup(
+        self, codes: Tensor, shape: tuple[int, int], levels: Tensor, scale: Tensor, zero: Tensor | None = None
+    ) -> Lookup:
+        """`Lookup` of packed codes [N, words] in any dtype, and of params in the shape of `groups`."""
+        bits, group = len(self.cells), self.group if isinstance(self.group, int) else shape[1]
+        return Lookup(codes.view(torch.uint8), bits, levels, scale, zero, group)
 
     def groups(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the params of a tensor of this shape."""

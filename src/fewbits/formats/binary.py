@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats._bits import pack_bits, unpack_bits, words
-from fewbits.formats.base import Arrays, ArraySpec, Params, Scaled
+from fewbits.formats.base import Arrays, ArraySpec, Lookup, Params, Scaled
 from fewbits.formats.ternary import mean_magnitude
 
 
@@ -58,6 +58,9 @@ class Binary(Scaled):
 
     def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Params]:
         return unpack_bits(arrays["signs"], 1, shape[-1]), {"scale": arrays["scale"].float()}
+
+    def lookup(self, arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Lookup:
+        return self._lookup(arrays["signs"], shape, self.levels, arrays["scale"].float())
 
 
 BINARY = (Binary(), Binary(group=64), Binary(group=128), Binary(group="tensor"))

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from fewbits.formats._bits import pack_bits, unpack_bits
 from fewbits.formats._search import best_scale, inverse
-from fewbits.formats.base import Arrays, ArraySpec, Grouped, Params
+from fewbits.formats.base import Arrays, ArraySpec, Grouped, Lookup, Params
 
 # fmt: off
 NF4 = (
@@ -107,6 +107,10 @@ class NormalFloat(Grouped):
         if self.double:
             params["scale"] = _nested_scale(params)
         return unpack_bits(arrays["packed"], 4, shape[-1]), params
+
+    def lookup(self, arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Lookup:
+        scale = _nested_scale(arrays) if self.double else arrays["scale"]
+        return self._lookup(arrays["packed"], shape, self.levels, scale)
 
     def _codes(self, t: Tensor) -> Tensor:
         """How many midpoints lie below each number: fifteen comparisons in the cache beat one binary search."""

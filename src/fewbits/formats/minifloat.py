@@ -23,9 +23,10 @@ from torch import Tensor
 
 from fewbits.formats._bits import pack_bits, unpack_bits
 from fewbits.formats._search import best_scale, inverse
-from fewbits.formats.base import Arrays, ArraySpec, Grouped, Params
+from fewbits.formats.base import Arrays, ArraySpec, Grouped, Lookup, Params
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # code 0..7; bit 3 is the sign
+E2M1_BY_CODE = (*E2M1, *(-v for v in E2M1))
 E4M3_MAX = 448.0
 SEARCH = tuple(1.0 - 0.05 * i for i in range(-2, 8))  # candidate scales, relative to the range's
 
@@ -81,6 +82,10 @@ class Fp8(Grouped):
 
     def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Params]:
         return arrays["weight"].view(torch.uint8), {"scale": arrays["scale"]}
+
+    def lookup(self, arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Lookup:
+        values = torch.arange(256, dtype=torch.uint8).view(self.dtype).float()
+        return self._lookup(arrays["weight"], shape, values, arrays["scale"])
 
     def _cast(self, t: Tensor) -> Tensor:
         peak = torch.finfo(self.dtype).max
@@ -146,6 +151,10 @@ class MxFp4(_Fp4):
     def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Params]:
         return _unpack_nibbles(arrays["packed"], shape[-1]), {"exponent": arrays["scale"].float()}
 
+    def lookup(self, arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Lookup:
+        scale = self.scale_at({"exponent": arrays["scale"].float()})
+        return self._lookup(arrays["packed"], shape, torch.tensor(E2M1_BY_CODE), scale)
+
 
 @dataclass(frozen=True)
 class NvFp4(_Fp4):
@@ -201,6 +210,10 @@ class NvFp4(_Fp4):
         params = {"scale": arrays["scale"].float(), "global_scale": arrays["global_scale"]}
         return _unpack_nibbles(arrays["packed"], shape[-1]), params
 
+    def lookup(self, arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Lookup:
+        scale = self.scale_at({"scale": arrays["scale"].float(), "global_scale": arrays["global_scale"]})
+        return self._lookup(arrays["packed"], shape, torch.tensor(E2M1_BY_CODE), scale)
+
 
 def _e2m1_codes(t: Tensor) -> Tensor:
     """Nearest E2M1 code; a tie goes to the even mantissa, as in IEEE 754."""
@@ -214,7 +227,7 @@ def _e2m1_codes(t: Tensor) -> Tensor:
 
 
 def _e2m1_values(codes: Tensor) -> Tensor:
-    table = torch.tensor([*E2M1, *(-v for v in E2M1)], device=codes.device)
+    table = torch.tensor(E2M1_BY_CODE, device=codes.device)
     return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 

@@ -15,5 +15,4 @@ from fewbits.kernels.packed import Packed
 
 def embedding(ids: Tensor, weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Look up ids (integers, any shape) in a packed table [N, K]."""
-    rows = weight.take(ids.flatten()).dequantize().to(dtype)
-    return rows.reshape(*ids.shape, weight.shape[1])
+    return weight.rows(ids.flatten(), dtype).reshape(*ids.shape, weight.shape[1])

@@ -1,7 +1,7 @@
 """A weight as its bytes lie on disk, decoded a few rows at a time.
 
-Codes take a byte each once they are unpacked, and the unpacking itself up to eight bytes a weight. So whoever needs
-numbers takes them in blocks of rows and drops them again: what stays in memory is the packed arrays.
+Codes take a byte each once they are unpacked, and numbers two or four. So whoever needs numbers takes them in blocks of
+rows and drops them again: what stays in memory is the packed arrays.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fewbits.formats import Format, QTensor
-
-BLOCK = 1 << 18
-"""Weights decoded at a time: 1 MB of float32, which stays in a core's cache until it is multiplied."""
+from fewbits.kernels.decode import Decoder, decoder, taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +28,10 @@ class Packed:
     def of(cls, weight: QTensor) -> Packed:
         return cls(weight.format, weight.shape, weight.pack())
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.arrays.values())).device
+
     def unpack(self) -> QTensor:
         """The whole tensor: a byte a weight, or more."""
         return QTensor.from_arrays(self.format, self.arrays, self.shape)
@@ -40,26 +43,27 @@ class Packed:
         needs all of it unpacked first, a byte a weight.
         """
         if not self.format.rowwise:
-            return _take(self.unpack(), rows)
+            return taken(self.unpack(), rows)
         arrays = {name: array[rows] for name, array in self.arrays.items()}
         codes, params = self.format.unpack(arrays, (_count(arrays), *self.shape[1:]))
         return QTensor(self.format, codes, params)
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their numbers as float32), block after block."""
-        source = self if self.format.rowwise else self.unpack()
-        step = max(1, BLOCK // self.shape[1])
+    def rows(self, rows: slice | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The numbers of some rows, as a slice from start to stop or as indices (int64 [R]): [R, in_features]."""
+        return self._numbers(decoder(self), rows, dtype)
+
+    def blocks(self, dtype: torch.dtype, weights: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their numbers in `dtype`), block after block of so many weights."""
+        decode, step = decoder(self), max(1, weights // self.shape[1])
         for start in range(0, self.shape[0], step):
             rows = slice(start, min(start + step, self.shape[0]))
-            part = source.take(rows) if isinstance(source, Packed) else _take(source, rows)
-            yield rows, part.dequantize()
+            yield rows, self._numbers(decode, rows, dtype)
 
-
-def _take(weight: QTensor, rows: slice | Tensor) -> QTensor:
-    """Rows of an unpacked matrix: a param has a row for each of them, or is shared by all."""
-    n = weight.shape[0]
-    params = {key: p[rows] if p.dim() > 1 and p.shape[0] == n else p for key, p in weight.params.items()}
-    return QTensor(weight.format, weight.codes[rows], params)
+    def _numbers(self, decode: Decoder, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+        out = torch.empty((count, self.shape[1]), dtype=dtype, device=self.device)
+        decode(rows, out)
+        return out
 
 
 def _count(arrays: Mapping[str, Tensor]) -> int:

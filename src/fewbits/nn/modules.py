@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewbits.errors import UnsupportedError
 from fewbits.formats import Format, QTensor
-from fewbits.kernels import Packed, embedding, linear
+from fewbits.kernels import LowRank, Packed, embedding, linear
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer dtype of each width in bytes."""
@@ -53,10 +53,7 @@ class PackedWeight(nn.Module):
 
     def decode(self) -> Tensor:
         """The whole matrix in `dtype`."""
-        w = torch.empty(self.shape, dtype=self.dtype, device=self.get_buffer("_like").device)
-        for rows, block in self.view().blocks():
-            w[rows] = block
-        return w
+        return self.view().rows(slice(0, self.shape[0]), self.dtype)
 
     def extra_repr(self) -> str:
         nbytes = self.format.nbytes(self.shape)
@@ -78,15 +75,17 @@ class _Quantized(nn.Module):
 
 
 class QuantizedLinear(_Quantized):
-    """y = x · Wᵀ + bias for x [..., in_features], W packed; y has the dtype of x. Inference: W is not trained."""
+    """y = x · Wᵀ + bias for x [..., in_features], W packed and not trained; y has the dtype of x. What is trained may
+    lie beside W, as s · B·A of low rank.
+    """
 
     def __init__(self, store: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__(store)
         self.out_features, self.in_features = store.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.store.view(), self.bias)
+    def forward(self, x: Tensor, low_rank: LowRank | None = None) -> Tensor:
+        return linear(x, self.store.view(), self.bias, low_rank)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

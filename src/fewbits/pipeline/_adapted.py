@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint import Entry, Reader, is_scale
-from fewbits.checkpoint.adapter import LowRank
+from fewbits.checkpoint.adapter import Added
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import Float, QTensor
 
@@ -29,7 +29,7 @@ class AdaptedReader(Reader):
     Raises CheckpointError for an adapter of another model, UnsupportedError where the base rounds inputs.
     """
 
-    def __init__(self, reader: Reader, layers: Mapping[str, LowRank]) -> None:
+    def __init__(self, reader: Reader, layers: Mapping[str, Added]) -> None:
         self.path, self.config = reader.path, reader.config
         self._base = reader
         self._added = {f"{layer}.weight": added for layer, added in layers.items()}

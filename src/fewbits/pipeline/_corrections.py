@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint import Reader
-from fewbits.checkpoint.adapter import LowRank
+from fewbits.checkpoint.adapter import Added
 from fewbits.engine import LayeredModel
 from fewbits.methods.low_rank import correction
 from fewbits.pipeline._activations import Activations
@@ -66,14 +66,14 @@ def corrections(
     memory: int,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> dict[str, LowRank]:
+) -> dict[str, Added]:
     """Layer -> the correction of its quantized weight, for those of `layers` that run on the windows ids [n, T].
 
     memory: bytes of hidden states; more of them are kept in `folder`.
     """
     original = Side(wanted, ids, device, folder / "wanted.states", memory)
     ours = Side(quantized, ids, device, folder / "quantized.states", memory)
-    found: dict[str, LowRank] = {}
+    found: dict[str, Added] = {}
     count = len(original.model.layers)
     for index in range(count):
         targets, parameters = original.load(index), ours.load(index)
@@ -104,7 +104,7 @@ def _measured(
     targets: dict[str, nn.Parameter],
     parameters: dict[str, nn.Parameter],
     rank: int,
-) -> Iterator[tuple[str, LowRank]]:
+) -> Iterator[tuple[str, Added]]:
     """The corrections of matrices that read the same input."""
     windows, length, _ = ours.states.shape
     watched = {name: parameters[name] for name in names}
@@ -119,4 +119,4 @@ def _measured(
     seen, drifts = collector.statistics(), collector.drifts()
     for name in names:
         hessian, drift = seen[Site(name)].value("hessian"), drifts[Site(name)]["drift"]
-        yield name, LowRank(*(factor.cpu() for factor in correction(drift, hessian, rank)))
+        yield name, Added(*(factor.cpu() for factor in correction(drift, hessian, rank)))

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 from fewbits.checkpoint import open_checkpoint
 from fewbits.checkpoint._writer import disk_errors
-from fewbits.checkpoint.adapter import FOLDER, LowRank, adapter_inside, read_adapter, write_adapter
+from fewbits.checkpoint.adapter import FOLDER, Added, adapter_inside, read_adapter, write_adapter
 from fewbits.errors import UnsupportedError
 from fewbits.evals.text import LENGTH, WINDOWS
 from fewbits.formats import Float
@@ -145,7 +145,7 @@ def _quantized(task: Task, name: str, format: str, method: str, progress: Progre
     return made
 
 
-def _corrections(task: Task, quantized: Path, scratch: Path, progress: Progress | None) -> dict[str, LowRank]:
+def _corrections(task: Task, quantized: Path, scratch: Path, progress: Progress | None) -> dict[str, Added]:
     """Layer -> the correction of a quantized output."""
     given, layers = task.merging.calibration, read_adapter(task.adapted / FOLDER)
     adapted, (_, reader) = open_source(task.adapted), open_checkpoint(quantized)

@@ -2,10 +2,13 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 
+#include "decode.h"
 #include "gram.h"
 #include "round_columns.h"
 
@@ -14,7 +17,10 @@ namespace nb = nanobind;
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bits = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <typename Number>
+using Into = nb::ndarray<Number, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Output = Into<float>;
 
 namespace {
 
@@ -48,6 +54,32 @@ void round_columns(Matrix targets, Matrix feedback, Matrix scale, Matrix offset,
   fewbits::round_columns(job, grid, threads);
 }
 
+template <typename Number>
+void decode(Bytes codes, int bits, Vector levels, Matrix scale, std::optional<Matrix> zero, std::size_t group,
+            Into<Number> out, int threads) {
+  const std::size_t rows = out.shape(0), columns = out.shape(1), params = scale.shape(0), groups = scale.shape(1);
+  require(bits >= 1 && bits <= 8, "bits must be 1 to 8");
+  require(codes.shape(0) == rows && codes.shape(1) >= (columns * static_cast<std::size_t>(bits) + 7) / 8,
+          "codes must be [rows, the bytes of columns codes]");
+  require(levels.size() == std::size_t{1} << bits, "levels must be one for each code");
+  require(params == 1 || params == rows, "scale must be [1 or rows, groups]");
+  require(group > 0 && groups == (columns + group - 1) / group, "scale must have one for each group of columns");
+  require(!zero || (zero->shape(0) == params && zero->shape(1) == groups), "zero and scale differ");
+  const fewbits::Lookup job{rows,         columns,      codes.data(),
+                            codes.shape(1), bits,         levels.data(),
+                            scale.data(), zero ? zero->data() : nullptr,
+                            groups,       group,        params == rows ? groups : 0};
+  nb::gil_scoped_release released;
+  fewbits::decode(job, out.data(), threads);
+}
+
+template <typename Number>
+void add_decode(nb::module_& m, const char* name) {
+  m.def(name, &decode<Number>, nb::arg("codes").noconvert(), nb::arg("bits"), nb::arg("levels").noconvert(),
+        nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("group"), nb::arg("out").noconvert(),
+        nb::arg("threads"));
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -56,4 +88,6 @@ NB_MODULE(_core, m) {
   m.def("add_gram", &add_gram, as_is("x"), as_is("total"), nb::arg("threads"));
   m.def("round_columns", &round_columns, as_is("targets"), as_is("feedback"), as_is("scale"), as_is("offset"),
         as_is("levels"), as_is("midpoints"), as_is("base"), as_is("values"), nb::arg("threads"));
+  add_decode<float>(m, "decode_float32");
+  add_decode<std::uint16_t>(m, "decode_bfloat16");
 }
