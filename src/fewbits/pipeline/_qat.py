@@ -105,6 +105,10 @@ def train_qat(
         stages, result = Stages(progress if processes.is_main() else None), None
         with processes.main_first():
             refuse_existing(Path(out))
+            if processes.sharded():
+                raise UnsupportedError(
+                    "quantization-aware training keeps all of the model in each process; leave --use_fsdp out"
+                )
             job = prepare(
                 model,
                 out,

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fewbits.checkpoint import open_checkpoint
@@ -97,6 +97,7 @@ def train_qlora(
         stages = Stages(progress if processes.is_main() else None)
         with processes.main_first():
             refuse_existing(out)
+            processes.require_shardable(qlora.device)
             source = local_folder(model)
             format = parse(base).name
             trained, held, description, notes = _windows(Path(data), source, qlora)
@@ -155,9 +156,10 @@ def train_qlora(
             curve=found.curve,
             notes=notes,
         )
+        learned = processes.trained(whole)
         with processes.main_first():
             if processes.is_main():
-                _write(whole, journal.folder / "adapter", out, result, vocabulary)
+                _write(whole, learned, journal.folder / "adapter", out, result, vocabulary)
                 journal.remove()
     return result
 
@@ -248,10 +250,12 @@ def _optimizer(model: nn.Module, qlora: Qlora) -> torch.optim.Optimizer:
     return made
 
 
-def _write(whole: Any, folder: Path, out: Path, result: AdapterTraining, vocabulary: str | None) -> None:
+def _write(
+    whole: Any, learned: dict[str, Tensor], folder: Path, out: Path, result: AdapterTraining, vocabulary: str | None
+) -> None:
     """The adapter under its own name once all of it is on the disk."""
     with disk_errors(out):
-        whole.save_pretrained(str(folder))
+        whole.save_pretrained(str(folder), state_dict=learned)
         note = {
             "fewbits": version("fewbits"),
             "source": Path(result.source).name,

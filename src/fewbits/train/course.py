@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,10 +132,22 @@ class Course(TrainerCallback, ExportableState):
 class CheckedTrainer(Trainer):
     """A Trainer that ends with an error, in every process, at the first loss that is no number."""
 
-    def __init__(self, course: Course, **more: Any) -> None:
+    def __init__(self, course: Course, optimizer: torch.optim.Optimizer, **more: Any) -> None:
         super().__init__(**more)
+        # Not as arguments: the first version of FSDP makes other parameters, so the Trainer refuses an optimizer of
+        # what was there before. The second exchanges them in the optimizer.
+        self.optimizer = optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, course.rate)
         self._course = course
         self.add_callback(course)
+        if self.is_fsdp_enabled:  # its way to bfloat16 rounds what a model returns, and the loss with it
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        within = super().compute_loss_context_manager()
+        if self.is_fsdp_enabled and self.args.bf16:
+            within.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
+        return within
 
     def compute_loss(self, model: nn.Module, *args: Any, **more: Any) -> Any:
         found = super().compute_loss(model, *args, **more)
@@ -193,16 +205,18 @@ def train(
         use_cpu=next(model.parameters()).device.type == "cpu",
         **arguments,
     )
-    processes.spare_frozen(model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, course.rate)
+    if processes.sharded():
+        processes.share_out(model)
+    else:
+        processes.spare_frozen(model)
     trainer = CheckedTrainer(
         course=course,
+        optimizer=optimizer,
         model=model,
         args=settings,
         train_dataset=data,
         eval_dataset=held,
         data_collator=collate,
-        optimizers=(optimizer, schedule),
     )
     _keep_quiet(trainer)
     course.progress = progress
@@ -253,8 +267,7 @@ def _interruptible(course: Course) -> Iterator[None]:
 
 def _not_finite(model: Any, step: int, loss: float) -> str:
     """Which loss, when, and the first tensor that is no longer made of numbers."""
-    named = [(name, p) for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
-    where = (
-        f"the first tensor with numbers that are none is {named[0][0]}" if named else "all trained tensors are finite"
-    )
+    own = {name: processes.own_share(p.detach()) for name, p in model.named_parameters()}
+    named = [name for name, p in own.items() if not bool(torch.isfinite(p).all())]
+    where = f"the first tensor with numbers that are none is {named[0]}" if named else "all trained tensors are finite"
     return f"the loss is {loss} at step {step}: {where}; train at a lower rate, or look at the text of that step"

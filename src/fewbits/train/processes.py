@@ -6,6 +6,9 @@ remains is told here: the *main* process, number 0, alone writes and prints, and
 (the time, Ctrl-C, a loss that is no number) is agreed on, because a process that stops by itself leaves the others
 waiting for its gradients.
 
+Where accelerate is told to shard (FSDP), each process keeps a share of every block's parameters and borrows the rest
+while it runs the block. The packed arrays of a frozen base are made parameters for it, so the base is shared out too.
+
 Everything here also works for a single process, where it does nothing. What is agreed on goes over gloo, on the CPU,
 so that no accelerator waits for it.
 """
@@ -13,6 +16,7 @@ so that no accelerator waits for it.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,14 +24,17 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fewbits.errors import ElsewhereError, UnsupportedError
+from fewbits.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 """How long a process waits for another one: the main one may have to quantize a large model first."""
+LAYERS = (QuantizedEmbedding, QuantizedLinear)
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher says besides how many processes there are."""
 
@@ -114,6 +121,52 @@ def require_shared(path: Path) -> None:
             f"{path}: made by the main process, but not there for process {distributed.get_rank()}; give an output "
             "on a file system that all machines share"
         )
+
+
+def sharded() -> bool:
+    """Whether parameters are to be shared out among the processes (`accelerate launch --use_fsdp`)."""
+    return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def require_shardable(device: str) -> None:
+    """Raises UnsupportedError where accelerate would not shard, or only what has one floating-point type."""
+    if not sharded():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UnsupportedError(
+            f"FSDP version {os.environ.get('FSDP_VERSION', '1')} joins all parameters of a block to one of one type, "
+            "which packed weights have not: add --fsdp_version 2"
+        )
+    if torch.device(device).type == "cpu":
+        raise UnsupportedError(
+            "device cpu: accelerate shards on accelerators only, and would keep all of the model in each process "
+            "instead; leave --use_fsdp out"
+        )
+
+
+def share_out(model: nn.Module) -> None:
+    """Let FSDP share out what is packed, and let all processes begin with the main one's numbers.
+
+    A table that embedding and output layer have in common stays whole in each: FSDP would have it in two groups.
+    """
+    users = Counter(id(module.store) for module in model.modules() if isinstance(module, LAYERS))
+    for module in list(model.modules()):
+        if isinstance(module, PackedWeight) and users[id(module)] == 1:
+            module.as_parameters()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            distributed.broadcast(parameter.data, src=0)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name, whole; every process must ask."""
+    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in found.items()}
+
+
+def own_share(parameter: Tensor) -> Tensor:
+    """What this process has of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def spare_frozen(model: nn.Module) -> None:
