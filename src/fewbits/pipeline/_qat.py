@@ -101,7 +101,8 @@ def train_qat(
     FewbitsError; then nothing is left at `out`, and KeyboardInterrupt once the state is saved.
     """
     began, qat = time.monotonic(), qat or Qat()
-    with processes.joined(qat.device), fast_float32(qat.device), ExitStack() as until_written:
+    processes.join(qat.device)
+    with fast_float32(qat.device), ExitStack() as until_written:
         stages, result = Stages(progress if processes.is_main() else None), None
         with processes.main_first():
             refuse_existing(Path(out))

@@ -93,7 +93,8 @@ def train_qlora(
     FewbitsError; then nothing is left at `adapter`, and KeyboardInterrupt once the state is saved.
     """
     began, qlora, out = time.monotonic(), qlora or Qlora(), Path(adapter)
-    with processes.joined(qlora.device), fast_float32(qlora.device), ExitStack() as until_written:
+    processes.join(qlora.device)
+    with fast_float32(qlora.device), ExitStack() as until_written:
         stages = Stages(progress if processes.is_main() else None)
         with processes.main_first():
             refuse_existing(out)

@@ -140,8 +140,10 @@ class CheckedTrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, course.rate)
         self._course = course
         self.add_callback(course)
-        if self.is_fsdp_enabled:  # its way to bfloat16 rounds what a model returns, and the loss with it
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = None  # it rounds what a model returns, and the loss with it
+            plugin.cpu_ram_efficient_loading = False  # every process has read the base
 
     def compute_loss_context_manager(self) -> ExitStack:
         within = super().compute_loss_context_manager()

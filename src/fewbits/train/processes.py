@@ -15,6 +15,7 @@ so that no accelerator waits for it.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -39,14 +40,12 @@ NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher says besides how many processes there are."""
 
 
-@contextmanager
-def joined(device: str) -> Iterator[None]:
-    """Within it, the processes that a launcher started know one another; each has an accelerator of its own.
+def join(device: str) -> None:
+    """Let the processes that a launcher started know one another, until they end; each has an accelerator of its own.
 
     Raises UnsupportedError where the environment speaks of several processes and not of how they meet.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
-        yield
         return
     missing = [name for name in NEEDED if name not in os.environ]
     if missing:
@@ -54,14 +53,18 @@ def joined(device: str) -> Iterator[None]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start the processes with "
             "torchrun or accelerate launch, or unset WORLD_SIZE"
         )
-    backend = "gloo"
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, timeout=PATIENCE)
-    try:
-        yield
-    finally:
+        distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    else:
+        # accelerate would number the device, and torch.load, which reads saved states, knows no cpu:0.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        distributed.init_process_group("gloo", timeout=PATIENCE)
+    atexit.register(_part)
+
+
+def _part() -> None:
+    if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
