@@ -40,5 +40,9 @@ class QualityError(FewbitsError):
     """The quantized model is further from the original than the stated limit."""
 
 
+class ElsewhereError(FewbitsError):
+    """Another process of the same run has failed, and says why."""
+
+
 class RequestError(FewbitsError):
     """A running model cannot serve this: a setting out of its range, or a prompt longer than the context."""

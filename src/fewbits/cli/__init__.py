@@ -10,8 +10,8 @@ A group of verbs (`gguf`) has subparsers of its own, each of which sets `run` an
 
 `main` does what they have in common. With `--json` it prints the result as one JSON object instead of calling `show`,
 so nothing else can reach stdout; progress and notes go to stderr. (Verbs that write text show it while it comes: see
-`_writing`.) A result with a property `passed` that is false makes the exit code 1. Rooms that are slow to import
-(transformers) are imported inside `run`.
+`_writing`.) Of several processes that a launcher started, the first prints. A result with a property `passed` that is
+false makes the exit code 1. Rooms that are slow to import (transformers) are imported inside `run`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from fewbits.cli import (
     train,
     verify,
 )
-from fewbits.cli._print import EXIT_CODES, console, error, printed
-from fewbits.errors import FewbitsError, QualityError, VerificationError
+from fewbits.cli._print import EXIT_CODES, console, error, printed, speaks
+from fewbits.errors import ElsewhereError, FewbitsError, QualityError, VerificationError
 from fewbits.results import as_json
 
 VERBS = (
@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(_with_negative_numbers(sys.argv[1:] if argv is None else argv))
     try:
         result = args.run(args)
-        if args.json:
+        if not speaks():
+            pass
+        elif args.json:
             print(json.dumps(as_json(result), ensure_ascii=False))
         else:
             sys.stdout.write(printed(console(), lambda c: args.show(result, c)))
@@ -137,8 +139,10 @@ def _is_number(text: str) -> bool:
 
 
 def _report(problem: BaseException, *, as_object: bool) -> None:
+    if not speaks() and isinstance(problem, ElsewhereError | KeyboardInterrupt):
+        return  # the process that speaks says it
     message = str(problem) or "interrupted"
-    if as_object:
+    if as_object and speaks():
         details: dict[str, Any] = {"type": type(problem).__name__, "message": message}
         print(json.dumps({"error": details}, ensure_ascii=False))
     error(message)

@@ -6,6 +6,7 @@ GB are 10⁹ bytes and MB 10⁶, as on a disk's label.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,9 +97,17 @@ Progress = Callable[[int, int, str], None]
 """Told (done, total, label)."""
 
 
+def speaks() -> bool:
+    """Whether this process prints: of those that a launcher (torchrun) started together, the first does."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A callback progress(done, total, label) that draws a bar with the time left, on stderr; gone when it ends."""
+    if not speaks():
+        yield lambda done, total, label: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),

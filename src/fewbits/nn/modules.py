@@ -48,8 +48,19 @@ class PackedWeight(nn.Module):
 
     def view(self) -> Packed:
         """The weight as the kernels take it; shares memory with the buffers."""
-        arrays = {name: self.get_buffer(name).view(dtype) for name, dtype in self._dtypes.items()}
+        arrays = {name: getattr(self, name).view(dtype) for name, dtype in self._dtypes.items()}
         return Packed(self.format, self.shape, arrays)
+
+    def as_parameters(self) -> None:
+        """Make the arrays frozen parameters: torch's FSDP shares those out among processes, and buffers it does not.
+
+        A single number cannot be shared out and stays a buffer.
+        """
+        for name in self._dtypes:
+            array = getattr(self, name)
+            if array.dim():
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(array, requires_grad=False))
 
     def decode(self) -> Tensor:
         """The whole matrix in `dtype`."""

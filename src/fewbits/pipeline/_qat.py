@@ -13,6 +13,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from fewbits.pipeline._blocks import SolvedBlock, Work, relative_error, scale_na
 from fewbits.pipeline._calibrate import SOLVED, Calibration, Progress, Ready, Run, make_ready, solving
 from fewbits.pipeline._estimate import check_room, source_bytes
 from fewbits.pipeline._job import Job, prepare
-from fewbits.pipeline._journal import Journal
+from fewbits.pipeline._journal import Journal, unfinished
 from fewbits.pipeline._quantize import output_bytes, proven
 from fewbits.pipeline._stages import Stages
 from fewbits.pipeline._stream import run as write
@@ -41,7 +42,7 @@ from fewbits.pipeline._training_need import in_words, training_need
 from fewbits.pipeline._vocabulary import VOCABULARY
 from fewbits.plan.rules import parse
 from fewbits.results import Estimate, Training
-from fewbits.train import Course, FakeInputs, Length, Loss, Matrix, Student, Trained, train
+from fewbits.train import Course, FakeInputs, Length, Loss, Matrix, Student, Trained, processes, train
 from fewbits.train.data import Packed
 
 log = logging.getLogger(__name__)
@@ -99,65 +100,102 @@ def train_qat(
     data: text to train on, a file that `evaluate` would take; its last windows are held out. start: the method that
     makes what training begins with; no transforms. announce: called, before anything runs, with a sentence for each
     reason why matrices get another format than was asked for.
+    Run by several processes (`train.processes`), the main one makes the start and writes, and all of them return.
     Started again with the same arguments after a kill or Ctrl-C it goes on from the last saved state. Raises a
     FewbitsError; then nothing is left at `out`, and KeyboardInterrupt once the state is saved.
     """
     began, qat = time.monotonic(), qat or Qat()
-    refuse_existing(Path(out))
-    job = prepare(
-        model,
-        out,
-        format=format,
-        method=start,
-        kind=kind,
-        vocabulary=vocabulary,
-        overrides=overrides,
-        pretokenizer=pretokenizer,
-        inputs=inputs,
-        cache=None,
-    )
+    processes.join(qat.device)
+    with fast_float32(qat.device), ExitStack() as until_written:
+        stages, result = Stages(progress if processes.is_main() else None), None
+        with processes.main_first():
+            refuse_existing(Path(out))
+            job = prepare(
+                model,
+                out,
+                format=format,
+                method=start,
+                kind=kind,
+                vocabulary=vocabulary,
+                overrides=overrides,
+                pretokenizer=pretokenizer,
+                inputs=inputs,
+                cache=None,
+            )
+            _require_trainable(job)
+            text, held = _text(job, data, qat)
+            say = announce if processes.is_main() else None
+            run = _solved(job, text, qat, stages.next(START_SHARE), until_written, say)
+        trained = _trained(run, text, held, qat, stages.next(1 - START_SHARE - WRITING_SHARE))
+        with processes.main_first():
+            if processes.is_main():
+                done = replace(run, stage=QAT, divergence=trained.after).job(replace(job, finished_by=(QAT,)))
+                reports = write(done, threads or os.cpu_count() or 1, stages.next(WRITING_SHARE / 2))
+                decoder = proven(done, stages.next(WRITING_SHARE / 2)) if prove else None
+                run.journal.remove()
+                result = Training(
+                    source=str(job.source),
+                    output=str(job.out),
+                    kind=job.kind.name,
+                    format=parse(format).name,
+                    start=start,
+                    data=text.description,
+                    steps=trained.steps,
+                    tokens=trained.steps * qat.batch * qat.accumulate * processes.count() * qat.window,
+                    seconds=time.monotonic() - began,
+                    before=trained.before,
+                    after=trained.after,
+                    curve=trained.curve,
+                    source_bytes=source_bytes(job.reader),
+                    output_bytes=output_bytes(job.out),
+                    weights=sum(entry.weights for entry in job.entries),
+                    verified_with=decoder,
+                    tensors=reports,
+                )
+        return processes.from_main(result)
+
+
+def _require_trainable(job: Job) -> None:
+    if processes.sharded():
+        raise UnsupportedError(
+            "quantization-aware training keeps all of the model in each process; leave --use_fsdp out"
+        )
     if job.recipe.transforms:
-        raise UnsupportedError(f"start '{start}': training begins with the model's own weights; leave transforms out")
-    text, held = _text(job, data, qat)
-    if announce:
-        for note in exceptions(job):
-            announce(note)
+        raise UnsupportedError(
+            f"start '{job.recipe.name}': training begins with the model's own weights; leave transforms out"
+        )
+
+
+def _solved(
+    job: Job,
+    text: Windows,
+    qat: Qat,
+    progress: Progress | None,
+    until_written: ExitStack,
+    announce: Callable[[str], None] | None,
+) -> Run:
+    """The run that training begins with: solved by the main process, read from its journal by the others.
+
+    The journal stays open, and locked, in `until_written`. announce: told what the run will be before it begins.
+    """
     # Without a limit to the start's divergence: three levels and two are far away until they are trained.
     few = replace(text, ids=text.ids[:CALIBRATED])
-    calibration = Calibration(text=few, length=qat.window, device=qat.device, limit=math.inf)
-    stages = Stages(progress)
-    with fast_float32(qat.device):
-        ready = make_ready(job, calibration)
-        need = _need(job, ready, qat)
-        check_room(job.out, need.disk)
+    ready = make_ready(job, Calibration(text=few, length=qat.window, device=qat.device, limit=math.inf))
+    if not processes.is_main():
+        journal = Journal(unfinished(job.out), {}, ready.work.formats)
+        processes.require_shared(journal.folder)
+        return Run(ready, journal, None)
+    need = _need(job, ready, qat)
+    check_room(job.out, need.disk)
+    for note in (*exceptions(job), in_words(need)):
         if announce:
-            announce(in_words(need))
-        facts = {"training": repr(replace(qat, length=Length())), "text": text.digest}
-        with solving(job, ready, stages.next(START_SHARE), facts=facts) as solved:
-            trained = _trained(solved, text, held, qat, stages.next(1 - START_SHARE - WRITING_SHARE))
-            done = replace(solved, stage=QAT, divergence=trained.after).job(replace(job, finished_by=(QAT,)))
-            reports = write(done, threads or os.cpu_count() or 1, stages.next(WRITING_SHARE / 2))
-            decoder = proven(done, stages.next(WRITING_SHARE / 2)) if prove else None
-            solved.journal.remove()
-    return Training(
-        source=str(job.source),
-        output=str(job.out),
-        kind=job.kind.name,
-        format=parse(format).name,
-        start=start,
-        data=text.description,
-        steps=trained.steps,
-        tokens=trained.steps * qat.batch * qat.accumulate * qat.window,
-        seconds=time.monotonic() - began,
-        before=trained.before,
-        after=trained.after,
-        curve=trained.curve,
-        source_bytes=source_bytes(job.reader),
-        output_bytes=output_bytes(job.out),
-        weights=sum(entry.weights for entry in job.entries),
-        verified_with=decoder,
-        tensors=reports,
-    )
+            announce(note)
+    facts = {
+        "training": repr(replace(qat, length=Length())),
+        "text": text.digest,
+        "processes": processes.count(),
+    }
+    return until_written.enter_context(solving(job, ready, progress, facts=facts))
 
 
 def _need(job: Job, ready: Ready, qat: Qat) -> Estimate:
@@ -219,7 +257,8 @@ def _trained(run: Run, text: Windows, held: Windows, qat: Qat, progress: Progres
     )
     if trained.after > trained.before:
         log.warning("training made it worse, %.4g → %.4g nats a token: lower the rate", trained.before, trained.after)
-    _keep(run, student, solved, original)
+    if processes.is_main():
+        _keep(run, student, solved, original)
     return trained
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fewbits.checkpoint import open_checkpoint
@@ -37,7 +38,7 @@ from fewbits.pipeline._stages import Stages
 from fewbits.pipeline._stream import Progress
 from fewbits.plan.rules import parse
 from fewbits.results import AdapterTraining
-from fewbits.train import Course, Length, train
+from fewbits.train import Course, Length, processes, train
 from fewbits.train.adamw8 import AdamW8bit
 from fewbits.train.data import Packed, Rows
 from fewbits.train.lora import adapted, linear_layers, start_at_residual
@@ -88,25 +89,37 @@ def train_qlora(
     model: a Hugging Face folder or a GGUF file; where it is quantized already, it is the base as it is. data: a .jsonl
     file of samples (`train.samples`), or plain text. base: the format of its matrices; vocabulary: of embeddings and
     output projection (None: as they are). announce: told what is noticed about the data.
+    Run by several processes (`train.processes`), the main one makes the base and writes, and all of them return.
     Started again with the same arguments after a kill or Ctrl-C it goes on from the last saved state. Raises a
     FewbitsError; then nothing is left at `adapter`, and KeyboardInterrupt once the state is saved.
     """
-    began, qlora, out, source = time.monotonic(), qlora or Qlora(), Path(adapter), local_folder(model)
-    refuse_existing(out)
-    format = parse(base).name
-    stages = Stages(progress)
-    trained, held, description, notes = _windows(Path(data), source, qlora)
-    facts = {
-        "source": model_identity(source),
-        "base": [format, vocabulary],
-        "text": [trained.digest, held.digest],
-        "training": repr(replace(qlora, length=Length())),
-    }
-    for note in notes:
-        if announce is not None:
-            announce(note)
-    with Journal(unfinished(out), facts, {}) as journal, fast_float32(qlora.device):
-        folder = _base(source, journal.folder / "base", format, vocabulary, stages.next(BASE_SHARE))
+    began, qlora, out = time.monotonic(), qlora or Qlora(), Path(adapter)
+    processes.join(qlora.device)
+    with fast_float32(qlora.device), ExitStack() as until_written:
+        stages = Stages(progress if processes.is_main() else None)
+        with processes.main_first():
+            refuse_existing(out)
+            processes.require_shardable(qlora.device)
+            source = local_folder(model)
+            format = parse(base).name
+            trained, held, description, notes = _windows(Path(data), source, qlora)
+            journal = Journal(
+                unfinished(out),
+                {
+                    "source": model_identity(source),
+                    "base": [format, vocabulary],
+                    "text": [trained.digest, held.digest],
+                    "training": repr(replace(qlora, length=Length())),
+                    "processes": processes.count(),
+                },
+                {},
+            )
+            if processes.is_main():
+                until_written.enter_context(journal)
+                if announce is not None:
+                    for note in notes:
+                        announce(note)
+            folder = _base(source, journal.folder / "base", format, vocabulary, stages.next(BASE_SHARE))
         torch.manual_seed(qlora.seed)
         student = load(folder, device=qlora.device)
         base_bytes, whole_bytes = packed_bytes(student)
@@ -138,15 +151,18 @@ def train_qlora(
             base_bytes=base_bytes,
             base_bytes_in_16_bits=whole_bytes,
             steps=found.steps,
-            tokens=found.steps * qlora.batch * qlora.accumulate * qlora.window,
+            tokens=found.steps * qlora.batch * qlora.accumulate * processes.count() * qlora.window,
             seconds=time.monotonic() - began,
             before=found.before,
             after=found.after,
             curve=found.curve,
             notes=notes,
         )
-        _write(whole, journal.folder / "adapter", out, result, vocabulary)
-        journal.remove()
+        learned = processes.trained(whole)
+        with processes.main_first():
+            if processes.is_main():
+                _write(whole, learned, journal.folder / "adapter", out, result, vocabulary)
+                journal.remove()
     return result
 
 
@@ -176,7 +192,9 @@ def _base(source: Path, folder: Path, format: str, vocabulary: str | None, progr
     _, reader = open_checkpoint(source)
     if any(not isinstance(entry.format, Float) for entry in reader.entries.values()):
         return source
-    if not folder.exists():
+    if not processes.is_main():
+        processes.require_shared(folder)
+    elif not folder.exists():
         quantize(source, folder, format=format, kind="fewbits", vocabulary=vocabulary, prove=False, progress=progress)
     return folder
 
@@ -229,10 +247,12 @@ def _optimizer(model: nn.Module, qlora: Qlora) -> torch.optim.Optimizer:
     raise UnsupportedError(f"optimizer '{qlora.optimizer}' is not known; take adamw or adamw8bit")
 
 
-def _write(whole: Any, folder: Path, out: Path, result: AdapterTraining, vocabulary: str | None) -> None:
+def _write(
+    whole: Any, learned: dict[str, Tensor], folder: Path, out: Path, result: AdapterTraining, vocabulary: str | None
+) -> None:
     """The adapter under its own name once all of it is on the disk."""
     with disk_errors(out):
-        whole.save_pretrained(str(folder))
+        whole.save_pretrained(str(folder), state_dict=learned)
         note = {
             "fewbits": version("fewbits"),
             "source": Path(result.source).name,

@@ -3,7 +3,8 @@
 Training itself runs on transformers' Trainer. A *course* is its callback: it ends the training after so many minutes or
 steps, lets the learning rate follow (a short rise, then half a cosine down to a twentieth), measures on held-out text
 now and then, and saves the state every few minutes and when Ctrl-C is pressed, so that the same command goes on from
-there. Minutes are those of training, over all sessions.
+there. Minutes are those of training, over all sessions. Several processes (`processes`) have one clock, read after each
+step, so that their rates are the same and all of them end at the same step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fewbits.errors import QualityError, UnsupportedError
 from fewbits.results import LossPoint
+from fewbits.train import processes
 
 Progress = Callable[[int, int, str], None]
 WARM_UP = 0.03
@@ -64,30 +66,30 @@ class Length:
 
 
 class Course(TrainerCallback, ExportableState):
-    """The callback. spent: seconds of training in sessions before this one."""
+    """The callback. spent: seconds of training in sessions before this one.
+
+    seconds: of training so far, when the last step ended. before: the loss on held-out text that it began with.
+    """
 
     def __init__(self, minutes: float | None, steps: int | None, spent: float = 0.0) -> None:
         self.length = Length(minutes, steps)
-        self.spent, self.step, self.loss, self.before = spent, 0, math.nan, math.nan
-        self.interrupted = False
+        self.seconds, self.step, self.loss, self.before = spent, 0, math.nan, math.nan
+        self.interrupted = self._asked_to_stop = False
         self.progress: Progress | None = None
-        self._since: float | None = None
-        self._saved = self._measured = 0.0
+        self._began = self._saved = self._measured = 0.0
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves."""
         return {"args": {}, "attributes": {"spent": self.seconds, "before": self.before}}
 
-    def go_on(self, saved: Path) -> float:
-        """Take up what an earlier session saved: the loss that it began with. (The Trainer would make a new Course.)"""
+    def go_on(self, saved: Path) -> None:
+        """Take up what an earlier session saved. (The Trainer would make a new Course.)"""
         found = TrainerState.load_from_json(str(saved / TRAINER_STATE_NAME)).stateful_callbacks[type(self).__name__]
-        self.spent, self.before = found["attributes"]["spent"], found["attributes"]["before"]
-        return self.before
+        self.seconds, self.before = found["attributes"]["spent"], found["attributes"]["before"]
 
-    @property
-    def seconds(self) -> float:
-        """Of training so far."""
-        return self.spent + (0.0 if self._since is None else time.monotonic() - self._since)
+    def stop(self) -> None:
+        """End after the step, in every process, with the state saved."""
+        self._asked_to_stop = True
 
     @property
     def share(self) -> float:
@@ -101,8 +103,17 @@ class Course(TrainerCallback, ExportableState):
         return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * over))
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._since, self.step = time.monotonic(), state.global_step
+        self._began, self.step = time.monotonic() - self.seconds, state.global_step
         self._saved, self._measured = self.seconds, self.share
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        if state.global_step == 0:
+            self.before, self._began = more["metrics"]["eval_loss"], time.monotonic()
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Read the clock, before the rate of the next step is asked for."""
+        self.seconds, stops = processes.largest(time.monotonic() - self._began, self._asked_to_stop)
+        self.interrupted = bool(stops)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.step = state.global_step
@@ -119,18 +130,34 @@ class Course(TrainerCallback, ExportableState):
 
 
 class CheckedTrainer(Trainer):
-    """A Trainer that ends with an error at the first loss that is no number."""
+    """A Trainer that ends with an error, in every process, at the first loss that is no number."""
 
-    def __init__(self, course: Course, **more: Any) -> None:
+    def __init__(self, course: Course, optimizer: torch.optim.Optimizer, **more: Any) -> None:
         super().__init__(**more)
+        # Not as arguments: the first version of FSDP makes other parameters, so the Trainer refuses an optimizer of
+        # what was there before. The second exchanges them in the optimizer.
+        self.optimizer = optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, course.rate)
         self._course = course
         self.add_callback(course)
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = None  # it rounds what a model returns, and the loss with it
+            plugin.cpu_ram_efficient_loading = False  # every process has read the base
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        within = super().compute_loss_context_manager()
+        if self.is_fsdp_enabled and self.args.bf16:
+            within.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
+        return within
 
     def compute_loss(self, model: nn.Module, *args: Any, **more: Any) -> Any:
         found = super().compute_loss(model, *args, **more)
         loss: Tensor = (found[0] if isinstance(found, tuple) else found).detach()
-        if not bool(torch.isfinite(loss)):
-            raise QualityError(_not_finite(model, self._course.step + 1, float(loss)))
+        finite = bool(torch.isfinite(loss))
+        processes.require_well(finite)
+        if not finite:
+            raise QualityError(_not_finite(self.model, self._course.step + 1, float(loss)))
         if model.training:
             self._course.loss = float(loss)
         return found
@@ -163,9 +190,12 @@ def train(
     arguments: of TrainingArguments. Raises KeyboardInterrupt once the state is saved if Ctrl-C was pressed,
     QualityError where the loss becomes NaN or Inf.
     """
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     settings = TrainingArguments(
         output_dir=str(folder),
         max_steps=course.length.steps or 2**31 - 1,
+        # Not before: what accelerate has prepared for evaluation it never prepares for several processes.
+        eval_on_start=last is None,
         save_strategy="no",
         save_total_limit=1,
         logging_steps=10,
@@ -177,21 +207,23 @@ def train(
         use_cpu=next(model.parameters()).device.type == "cpu",
         **arguments,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, course.rate)
+    if processes.sharded():
+        processes.share_out(model)
+    else:
+        processes.spare_frozen(model)
     trainer = CheckedTrainer(
         course=course,
+        optimizer=optimizer,
         model=model,
         args=settings,
         train_dataset=data,
         eval_dataset=held,
         data_collator=collate,
-        optimizers=(optimizer, schedule),
     )
     _keep_quiet(trainer)
     course.progress = progress
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    before = trainer.evaluate()["eval_loss"] if last is None else course.go_on(Path(last))
-    course.before = before
+    if last is not None:
+        course.go_on(Path(last))
     with _interruptible(course):
         trainer.train(resume_from_checkpoint=last)
     if course.interrupted:
@@ -200,7 +232,7 @@ def train(
         )
     history = trainer.state.log_history
     after = trainer.evaluate()["eval_loss"]
-    return Trained(course.step, course.seconds, before, after, _curve(history))
+    return Trained(course.step, course.seconds, course.before, after, _curve(history))
 
 
 def _keep_quiet(trainer: Trainer) -> None:
@@ -211,7 +243,7 @@ def _keep_quiet(trainer: Trainer) -> None:
 
 
 def _curve(history: list[dict[str, Any]]) -> tuple[LossPoint, ...]:
-    steps = sorted({entry["step"] for entry in history if "loss" in entry or "eval_loss" in entry})
+    steps = sorted({entry["step"] for entry in history if "loss" in entry or "eval_loss" in entry} - {0})
     losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
     held = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     return tuple(LossPoint(step, losses.get(step), held.get(step)) for step in steps)
@@ -225,7 +257,7 @@ def _interruptible(course: Course) -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
-        course.interrupted = True
+        course.stop()
         signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, stop)
@@ -235,10 +267,9 @@ def _interruptible(course: Course) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _not_finite(model: nn.Module, step: int, loss: float) -> str:
+def _not_finite(model: Any, step: int, loss: float) -> str:
     """Which loss, when, and the first tensor that is no longer made of numbers."""
-    named = [(name, p) for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
-    where = (
-        f"the first tensor with numbers that are none is {named[0][0]}" if named else "all trained tensors are finite"
-    )
+    own = {name: processes.own_share(p.detach()) for name, p in model.named_parameters()}
+    named = [name for name, p in own.items() if not bool(torch.isfinite(p).all())]
+    where = f"the first tensor with numbers that are none is {named[0]}" if named else "all trained tensors are finite"
     return f"the loss is {loss} at step {step}: {where}; train at a lower rate, or look at the text of that step"
