@@ -184,13 +184,7 @@ def _run_qat(args: argparse.Namespace) -> Training:
 
 
 def show(result: Training, console: Console) -> None:
-    drawn = curve(result.curve, min(console.width, 100))
-    if drawn:
-        console.print(drawn, markup=False)
-    console.print(
-        f"\n{count(result.tokens)} tokens in {result.steps} steps, {number(result.seconds / 60, 3)} minutes in all; "
-        f"on held-out text {number(result.before, 3)} → [bold]{number(result.after, 3)}[/] nats a token"
-    )
+    _show_course(result, console, "text", digits=3)
     console.print(
         f"{size(result.source_bytes)} → {size(result.output_bytes)}: {number(result.bits_per_weight)} bits a weight "
         f"over {count(result.weights)} weights"
@@ -202,14 +196,8 @@ def show(result: Training, console: Console) -> None:
 
 
 def show_adapter(result: AdapterTraining, console: Console) -> None:
-    drawn = curve(result.curve, min(console.width, 100))
-    if drawn:
-        console.print(drawn, markup=False)
+    _show_course(result, console, "samples", digits=4)
     share = result.base_bytes / result.base_bytes_in_16_bits
-    console.print(
-        f"\n{count(result.tokens)} tokens in {result.steps} steps, {number(result.seconds / 60, 3)} minutes in all; "
-        f"on held-out samples {number(result.before, 4)} → [bold]{number(result.after, 4)}[/] nats a token"
-    )
     console.print(
         f"rank {result.rank}: {count(result.trained_weights)} weights trained on a base in {result.base}, "
         f"{size(result.base_bytes)}, {number(100 * share, 3)} % of what it would be in 16 bits",
@@ -218,3 +206,14 @@ def show_adapter(result: AdapterTraining, console: Console) -> None:
     for note in result.notes:
         console.print(note, style="dim", markup=False)
     console.print(result.output, markup=False)
+
+
+def _show_course(result: Training | AdapterTraining, console: Console, held_out: str, digits: int) -> None:
+    """The loss curve, and what the training came to."""
+    drawn = curve(result.curve, min(console.width, 100))
+    if drawn:
+        console.print(drawn, markup=False)
+    console.print(
+        f"\n{count(result.tokens)} tokens in {result.steps} steps, {number(result.seconds / 60, 3)} minutes in all; on "
+        f"held-out {held_out} {number(result.before, digits)} → [bold]{number(result.after, digits)}[/] nats a token"
+    )

@@ -66,7 +66,7 @@ class Qat:
     window: int = 256
     batch: int = 8
     accumulate: int = 1
-    rate: float = 1e-3
+    rate: float = 5e-4
     scale_rate: float = 1e-4
     free_rate: float = 3e-4
     held_out: int = 16
