@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from fewbits.errors import CheckpointError, FormatError, OutputError, Unsupporte
 from fewbits.pipeline import Calibration, Merging, merge
 from fewbits.pipeline._journal import unfinished
 from fewbits.pipeline._merge import Tried, chosen
+from fewbits.pipeline._merge_ways import WAYS
 from fewbits.pipeline._source import open_source
 from fewbits.results import Figure, MergeWay
 from fewbits.train.lora import linear_layers
@@ -92,6 +95,24 @@ def test_every_way_and_the_best_of_them(tmp_path: Path, adapter: Path) -> None:
     engine = fewbits.Engine(tmp_path / "out")
     assert type(engine.runner).__name__ == "TransformersRunner"
     assert len(list(engine.generate("Once", max_tokens=4, temperature=0))) > 0
+
+
+def test_an_interrupted_merge_goes_on(tmp_path: Path, adapter: Path) -> None:
+    def stop(done: int, total: int, label: str) -> None:
+        if label.startswith("correct "):
+            raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"format": "int4-g64", "choose": True}
+    with pytest.raises(KeyboardInterrupt):
+        merge(TINY, adapter, tmp_path / "out", merging=QUICK, progress=stop, **settings)
+    made = unfinished(tmp_path / "out") / "calibrate" / "model.safetensors"
+    before = made.stat().st_ino
+    with pytest.raises(OutputError, match="unfinished"):
+        merge(TINY, adapter, tmp_path / "out", merging=replace(QUICK, rank=2), **settings)
+    assert made.stat().st_ino == before
+    result = merge(TINY, adapter, tmp_path / "out", merging=QUICK, **settings)
+    assert {way.name for way in result.ways if way.kld is not None} == set(WAYS)
+    assert not unfinished(tmp_path / "out").exists()
 
 
 def test_a_base_that_is_quantized_already(tmp_path: Path, adapter: Path) -> None:

@@ -85,7 +85,7 @@ def merge(
         "source": model_identity(source),
         "adapter": model_identity(adapter),
         "output": [wanted.name, kind, vocabulary, out.suffix],
-        "merging": repr(merging),
+        "merging": [merging.method, repr(merging.calibration), merging.rank],
     }
     stages = Stages(progress)
     with Journal(unfinished(out), facts, {}) as journal, fast_float32(merging.calibration.device):
