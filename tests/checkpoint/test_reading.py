@@ -221,8 +221,8 @@ def test_configuration_must_be_there_and_sound(folder, text):
 
 def test_other_quantizations_are_named(folder):
     save_file({"a": torch.ones(2)}, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    with pytest.raises(CheckpointError, match="quantized by gptq"):
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "eetq"}}')
+    with pytest.raises(CheckpointError, match="quantized by eetq"):
         open_checkpoint(folder)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewbits.checkpoint.activations import CACHE_SCALES, cache_scales, input_scale, is_scale
+from fewbits.checkpoint.awq import Awq
 from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
 from fewbits.checkpoint.bitnet import BitNet
 from fewbits.checkpoint.compressed_tensors import CompressedTensors
 from fewbits.checkpoint.fewbits import Fewbits
 from fewbits.checkpoint.gguf import Gguf
+from fewbits.checkpoint.gptq import Gptq, GptqV2
 from fewbits.checkpoint.huggingface import HuggingFace
 from fewbits.checkpoint.ledger import ledger_path, read_ledger
 from fewbits.errors import CheckpointError
@@ -25,6 +27,9 @@ KINDS: dict[str, Kind] = {
         Fewbits(),
         CompressedTensors(),
         BitNet(),
+        Gptq(),
+        GptqV2(),
+        Awq(),
         HuggingFace(),
     )
 }

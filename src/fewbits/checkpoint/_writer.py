@@ -40,7 +40,7 @@ SPARE = 1 << 24  # bytes of the folder that are not weights: tokenizer, configur
 
 COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".bpe", ".spm", ".vocab")
 COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE")
-NOT_COMPANIONS = (CONFIG, LEDGER, "quantize_config.json")
+NOT_COMPANIONS = (CONFIG, LEDGER, "quantize_config.json", "quant_config.json")
 COMPANION_FOLDERS = ("additional_chat_templates",)
 
 

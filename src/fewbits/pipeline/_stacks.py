@@ -39,6 +39,10 @@ NEEDED = {
     "adapted": ("peft", "the adapter inside needs PEFT (pip install fewbits[train])"),
 }
 """Kind -> the package that its independent stack cannot do without, and what to say where it is not installed."""
+ALONE = {"fewbits": "only fewbits loads its own file type"} | dict.fromkeys(
+    ("gptq", "gptq-v2", "awq"), "GPTQModel, which transformers runs it with, has no 32-bit layers"
+)
+"""Kinds without a stack that the predictions could be compared with, and why."""
 
 
 def logit_limit(kind: Kind, reader: Reader) -> float:
@@ -53,8 +57,8 @@ def compare_logits(kind: Kind, out: Path) -> tuple[str | None, float | None, str
     Where there is no independent stack, stack and divergence are None and the note says why. Raises VerificationError
     if there is one and it cannot run the model.
     """
-    if kind.name == "fewbits":
-        return None, None, "logits not compared: only fewbits loads its own file type"
+    if kind.name in ALONE:
+        return None, None, f"logits not compared: {ALONE[kind.name]}"
     package, why = NEEDED.get("adapted" if adapter_inside(out) else kind.name, (None, None))
     if package is not None and find_spec(package) is None:
         return None, None, f"logits not compared: {why}"
