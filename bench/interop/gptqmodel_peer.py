@@ -7,7 +7,8 @@ Runs in GPTQModel's own environment, which has nothing of fewbits:
 
 Both write what they decode to <folder>.safetensors: the weights of its own layers by their own `dequantize_weight`
 (AWQ: `dequantize_gemm`), with scales widened to float32, since the layers otherwise round each product to 16 bits.
-`run` adds `logits` of the model as it loads it, in float16, at the tokens 2, 3, …, 65.
+`run` adds `logits` at the tokens 2, 3, …, 65 of the model as it loads it, then computed in float32: its layers for GPTQ
+do that, those for AWQ do not, so plain layers with the weights that they decode stand in for them.
 """
 
 from __future__ import annotations
@@ -74,10 +75,23 @@ def logits(folder: Path) -> Tensor:
     """[tokens, vocabulary] in float32."""
     from gptqmodel import BACKEND, GPTQModel
 
-    model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model
+    model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model.float()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "AwqTorchLinear":
+            model.set_submodule(name, plain(module))
     with torch.inference_mode():
         found: Tensor = model(input_ids=torch.arange(2, 66)[None]).logits
     return found[0].float()
+
+
+def plain(layer: Any) -> torch.nn.Linear:
+    """An AWQ layer as torch's own, in float32."""
+    linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    arrays = {key: getattr(layer, key) for key in ("qweight", "qzeros", "scales")}
+    linear.weight.data = dequantized(arrays, int(layer.bits), layer.group_size).T
+    if layer.bias is not None:
+        linear.bias.data = layer.bias.float()
+    return linear
 
 
 def quantize(model: Path, text: Path, out: Path, setting: dict[str, Any]) -> None:
@@ -125,12 +139,15 @@ def of_gptq(module: str, arrays: dict[str, Tensor], config: Any) -> Tensor:
 
 
 def of_awq(module: str, arrays: dict[str, Tensor], config: Any) -> Tensor:
+    found = {key: arrays[f"{module}.{key}"] for key in ("qweight", "qzeros", "scales")}
+    return dequantized(found, int(config.bits), config.group_size)
+
+
+def dequantized(arrays: dict[str, Tensor], bits: int, group_size: int) -> Tensor:
     from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
-    found = {key: arrays[f"{module}.{key}"] for key in ("qweight", "qzeros")}
-    weight: Tensor = dequantize_gemm(
-        **found, scales=arrays[f"{module}.scales"].float(), bits=int(config.bits), group_size=config.group_size
-    )
+    wide = arrays | {"scales": arrays["scales"].float()}
+    weight: Tensor = dequantize_gemm(**wide, bits=bits, group_size=group_size)
     return weight
 
 

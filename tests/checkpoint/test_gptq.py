@@ -329,6 +329,28 @@ def test_a_model_with_its_columns_in_another_order_runs(tmp_path):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_biases_of_zeros_that_the_model_has_no_place_for_are_left_out(tmp_path):
+    """AutoGPTQ gave every layer a bias."""
+    save_model(tmp_path / "source", "llama", hidden_size=64, intermediate_size=128)
+    fewbits.quantize(tmp_path / "source", tmp_path / "out", format="int4-g32", kind="gptq")
+    ids = torch.arange(2, 34).view(1, 32)
+    with torch.inference_mode():
+        before = fewbits.load(tmp_path / "out")(ids).logits
+        rewrite(tmp_path / "out", model__layers__0__mlp__up_proj__bias=torch.zeros(128).half())
+        assert torch.equal(fewbits.load(tmp_path / "out")(ids).logits, before)
+    rewrite(tmp_path / "out", model__layers__0__mlp__up_proj__bias=torch.ones(128).half())
+    with pytest.raises(CheckpointError, match="no parameter for model"):
+        fewbits.load(tmp_path / "out")
+
+
+def test_version_1_with_zero_points_is_written_with_a_warning(tmp_path, caplog):
+    """GPTQModel looks for its own name in the file before it loads one."""
+    write(V1, tmp_path / "symmetric", {"m.weight": integers(4, 16, symmetric=True)})
+    assert not caplog.text
+    write(V1, tmp_path / "out", {"m.weight": integers(4, 16, symmetric=False)})
+    assert "it loads gptq-v2" in caplog.text
+
+
 @pytest.fixture
 def folder(tmp_path):
     write(V1, tmp_path / "out", {"m.weight": integers(4, 16, symmetric=True), "norm.weight": NORM})

@@ -20,7 +20,8 @@ quantized, else it has the values given there instead of the general ones.
 Version 1 (`gptq`) stores z − 1, version 2 (`gptq_v2`) stores z. In version 1 a zero-point of 0 has no code of its own:
 GPTQModel subtracts and adds 1 in whole words, where it borrows from its neighbour, and for 3 bits in each field; others
 read 2^b, or 0 without the loan. So fewbits refuses to write one (version 2 can), and reads one as GPTQModel's loader
-does, with a warning.
+does, with a warning. GPTQModel itself loads version 1 with zero-points only if `meta` says that it wrote the file, so
+such models are better written in version 2.
 
 One scale a row, in float32 here, is written as group_size −1 if each is a float16 number, else refused. Refused too:
 codes that fill no whole words, groups that do not divide in_features (GPTQModel alone would take them), 5 to 7 bits
@@ -34,6 +35,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,6 +103,8 @@ class Gptq(Kind):
     def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
         require_admitted(self, entries)
         layouts = {e.name: self._layout(e) for e in entries if not isinstance(e.format, Float)}
+        if self.version == 1 and not all(layout.integers.symmetric for layout in layouts.values()):
+            log.warning("%s: GPTQModel loads version 1 with zero-points only where it wrote it; it loads gptq-v2", path)
         quantization = quantization_config(layouts, list(columns.matrices(entries)), self.version) if layouts else None
         return ColumnWriter(path, entries, source, config, layouts, quantization)
 
@@ -176,7 +180,7 @@ class Columns(Layout):
         stream, count = stored[:, span].contiguous(), skipped + len(rows)
         if self.version == 1:
             if bool((unpack_bits(stream, bits, count) == (1 << bits) - 1).any()):
-                log.warning("%s: a zero-point of 0 in version 1, which engines read differently", self.where)
+                _warn_of_zero(self.where)
             stream = stream if bits == 3 else stream + _ones(bits)
         zeros = unpack_bits(stream, bits, count)[:, skipped:]
         return zeros + 1 & 7 if self.version == 1 and bits == 3 else zeros
@@ -336,6 +340,12 @@ def _override(where: str, module: str, dynamic: Any) -> Mapping[str, Any]:
         if matches:
             return dict(settings)
     return {}
+
+
+@cache
+def _warn_of_zero(where: str) -> None:
+    """Once for each weight, whose rows are read in several parts."""
+    log.warning("%s: a zero-point of 0 in version 1, which engines read differently; read as GPTQModel does", where)
 
 
 def _ones(bits: int) -> int:

@@ -132,7 +132,7 @@ def _fill(model: PreTrainedModel, weights: Mapping[str, Weight], target: _Target
 def placements(
     model: PreTrainedModel, weights: Mapping[str, Weight], expected: dict[str, Tensor]
 ) -> tuple[list[Placement], list[str]]:
-    """Every entry's place, and the entries that have none."""
+    """Every entry's place, and the entries that have none (biases of zeros, which need none, aside)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -146,12 +146,19 @@ def placements(
         if target not in expected and name in expected:
             target, pattern = name, None
         if target not in expected:
-            unexpected.append(name)
+            if not _adds_nothing(weights[name]):
+                unexpected.append(name)
             continue
         conversion = copy.deepcopy(by_pattern[pattern]) if pattern is not None else None
         placement = placed.setdefault(target, Placement(target, conversion))
         placement.sources.append((pattern or name, weights[name]))
     return list(placed.values()), unexpected
+
+
+def _adds_nothing(weight: Weight) -> bool:
+    """Whether it is a bias of zeros: AutoGPTQ gave one to every layer, also in models that have none."""
+    bias = weight.entry.name.endswith(".bias") and not weight.quantized
+    return bias and not bool(weight.numbers(torch.float32, torch.device("cpu")).any())
 
 
 def _pack_into(model: nn.Module, placement: Placement, dtype: torch.dtype, target: _Target) -> bool:

@@ -74,7 +74,9 @@ def verify(
         if divergence is not None and not divergence <= (limit := logit_limit(kind, reader)):
             mismatches.append(f"{stack} predicts differently: mean KL divergence {divergence:.2g}, at most {limit:.0e}")
     if kind.decoder is None:
-        notes.append(f"no other library reads {kind.name} files: tensors were compared with the source only")
+        notes.append(
+            f"no other library that reads {kind.name} files is installed: tensors were compared with the source only"
+        )
     return Verification(
         output=str(out),
         decoder=kind.decoder,
