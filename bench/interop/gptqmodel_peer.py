@@ -9,6 +9,8 @@ Both write what they decode to <folder>.safetensors: the weights of its own laye
 (AWQ: `dequantize_gemm`), with scales widened to float32, since the layers otherwise round each product to 16 bits.
 `run` adds `logits` at the tokens 2, 3, …, 65 of the model as it loads it, then computed in float32: its layers for GPTQ
 do that, those for AWQ do not, so plain layers with the weights that they decode stand in for them.
+
+GPTQModel quantizes to AWQ on GPUs only. `run` takes folders by anybody, AutoRound's (`auto_awq`) for one.
 """
 
 from __future__ import annotations
