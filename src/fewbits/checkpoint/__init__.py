@@ -11,11 +11,14 @@ from pathlib import Path
 from fewbits.checkpoint.activations import CACHE_SCALES, cache_scales, input_scale, is_scale
 from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
 from fewbits.checkpoint.bitnet import BitNet
+from fewbits.checkpoint.bitsandbytes import BitsAndBytes
 from fewbits.checkpoint.compressed_tensors import CompressedTensors
 from fewbits.checkpoint.fewbits import Fewbits
+from fewbits.checkpoint.fp8 import FineGrainedFp8
 from fewbits.checkpoint.gguf import Gguf
 from fewbits.checkpoint.huggingface import HuggingFace
 from fewbits.checkpoint.ledger import ledger_path, read_ledger
+from fewbits.checkpoint.mlx import Mlx
 from fewbits.errors import CheckpointError
 
 KINDS: dict[str, Kind] = {
@@ -25,6 +28,9 @@ KINDS: dict[str, Kind] = {
         Fewbits(),
         CompressedTensors(),
         BitNet(),
+        BitsAndBytes(),
+        FineGrainedFp8(),
+        Mlx(),
         HuggingFace(),
     )
 }
