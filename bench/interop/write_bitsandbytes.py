@@ -80,6 +80,10 @@ def run(args: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     if any(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules()):
         model = model.dequantize().float()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True  # whatever the configuration says
+            module.support_avx512bf16_for_cpu = False  # products in bfloat16
     save_file(numbers(model), args.out / "numbers.safetensors")
     with torch.inference_mode():
         save_file({"logits": model(torch.arange(2, 66).view(1, 64)).logits.float()}, args.out / "logits.safetensors")
