@@ -102,6 +102,8 @@ class Fp8(Grouped):
         return codes.view(self.dtype).float().mul_(params["scale"])
 
     def rescaled(self, params: Params, factor: Tensor) -> Params:
+        if self.rows > 1:
+            return params  # a row's scale is that of its block
         return {"scale": params["scale"] * factor}
 
     def pack(self, codes: Tensor, params: Params) -> Arrays:
