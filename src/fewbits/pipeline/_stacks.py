@@ -50,14 +50,11 @@ NEEDED = {
     "adapted": ("peft", "the adapter inside needs PEFT (pip install fewbits[train])"),
 }
 """Kind -> the package that its independent stack cannot do without, and what to say where it is not installed."""
-ALONE = {"fewbits": "only fewbits loads its own file type"} | dict.fromkeys(
-    ("gptq", "gptq-v2", "awq"), "GPTQModel, which transformers runs it with, has no 32-bit layers"
-)
+ALONE = {
+    "fewbits": "only fewbits loads its own file type",
+    "mlx": "mlx-lm is not run from here",
+} | dict.fromkeys(("gptq", "gptq-v2", "awq"), "GPTQModel, which transformers runs it with, has no 32-bit layers")
 """Kinds without a stack that the predictions could be compared with, and why."""
-
-
-ALONE = {"fewbits": "only fewbits loads its own file type", "mlx": "mlx-lm is not run from here"}
-"""Kind -> why there is no independent stack."""
 
 
 def logit_limit(kind: Kind, reader: Reader) -> float:
