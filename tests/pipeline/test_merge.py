@@ -43,7 +43,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     adapted.save_pretrained(str(out))
-    (out / "fewbits.json").write_text(json.dumps({"base": "nf4-dq", "vocabulary": None}))
+    (out / "fewbits.json").write_text(json.dumps({"base": "nf4-dq", "base_made": True, "vocabulary": None}))
     return out
 
 
@@ -147,11 +147,16 @@ def test_what_is_refused_before_anything_is_made(tmp_path: Path, adapter: Path, 
         merge(TINY, adapter, tmp_path / "a", format="int5000")
     with pytest.raises(CheckpointError, match=r"the adapter changes model\.layers.*give its own model"):
         merge(mutable, adapter, tmp_path / "a")
+    given = tmp_path / "given"
+    shutil.copytree(adapter, given)
+    (given / "fewbits.json").write_text(json.dumps({"base": "int4-g64", "base_made": False, "vocabulary": None}))
+    with pytest.raises(UnsupportedError, match="was int4-g64 already; give that one"):
+        merge(TINY, given, tmp_path / "a")
     kept = tmp_path / "kept"
     merge(TINY, adapter, kept, way="adapter", merging=QUICK)
     with pytest.raises(UnsupportedError, match="has an adapter inside already"):
         merge(kept, adapter, tmp_path / "a")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["out", "kept", mutable.name])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["out", "kept", "given", mutable.name])
 
 
 def tried(name: str, nbytes: int | None, kld: float) -> Tried:

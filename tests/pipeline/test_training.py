@@ -205,7 +205,7 @@ def test_an_adapter(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(fewbits.load(tmp_path / "base"), tmp_path / "adapter")
     assert model.peft_config["default"].base_model_name_or_path == str(TINY)
     note = json.loads((tmp_path / "adapter" / "fewbits.json").read_text())
-    assert note["base"] == "nf4-dq"
+    assert (note["base"], note["base_made"]) == ("nf4-dq", True)
     with pytest.raises(OutputError, match="exists already"):
         train_qlora(TINY, tmp_path / "adapter", data=data, qlora=qlora)
 
@@ -215,6 +215,7 @@ def test_an_adapter_of_a_model_that_is_quantized_already(tmp_path: Path) -> None
     qlora = replace(ADAPTER, residual=False)
     result = train_qlora(tmp_path / "int4", tmp_path / "adapter", data=samples(tmp_path / "data.jsonl"), qlora=qlora)
     assert result.base == "int4-g64"
+    assert json.loads((tmp_path / "adapter" / "fewbits.json").read_text())["base_made"] is False
 
 
 def test_an_adapter_that_begins_at_what_the_format_lost(tmp_path: Path) -> None:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fewbits.checkpoint.base import FOREIGN_PART, row_slabs
-from fewbits.checkpoint.huggingface import rows_by_the_library
+from fewbits.checkpoint.huggingface import array_by_the_library, files_by_array, rows_by_the_library
 from fewbits.errors import UnsupportedError
 
 LOCALS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape")
@@ -31,30 +30,18 @@ def decoded_by_the_library(path: Path) -> Iterator[tuple[str, int, Tensor]]:
     from compressed_tensors.quantization import QuantizationConfig
 
     quantization = QuantizationConfig.model_validate(config["quantization_config"])
-    files = _files(path)
+    files = files_by_array(path)
     for name in files:
         module, _, local = name.rpartition(".")
         quantized = f"{module}.weight_scale" in files
         if quantized and local in ("weight_packed", "weight"):
-            state = {key: _load(files, f"{module}.{key}") for key in LOCALS if f"{module}.{key}" in files}
+            state = {
+                key: array_by_the_library(files, f"{module}.{key}") for key in LOCALS if f"{module}.{key}" in files
+            }
             for first, rows in _decoded(module, state, _scheme(quantization, module)):
                 yield f"{module}.weight", first, rows
         elif not (quantized and local in LOCALS):
             yield from rows_by_the_library(files[name], name)
-
-
-def _files(path: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            files |= dict.fromkeys(opened.keys(), file)
-    return files
-
-
-def _load(files: dict[str, Path], name: str) -> Tensor:
-    with safe_open(files[name], "pt") as opened:  # anew for each, because a mapping keeps every page it has shown
-        found: Tensor = opened.get_tensor(name)
-        return found
 
 
 def _scheme(quantization: Any, module: str) -> Any:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fewbits.checkpoint.base import FOREIGN_PART, row_slabs
-from fewbits.checkpoint.huggingface import rows_by_the_library
+from fewbits.checkpoint.huggingface import array_by_the_library, files_by_array, rows_by_the_library
 
 LOCALS = ("qweight", "qzeros", "scales", "g_idx")
 BLOCK = 32  # rows whose zero-points fill whole words
@@ -27,13 +26,15 @@ def decoded_by_gptqmodel(path: Path) -> Iterator[tuple[str, int, Tensor]]:
     from gptqmodel.quantization import QuantizeConfig
 
     config = QuantizeConfig.from_pretrained(str(path))
-    files = _files(path)
+    files = files_by_array(path)
     for name, file in files.items():
         module, _, local = name.rpartition(".")
         if f"{module}.qweight" not in files or local not in LOCALS:
             yield from rows_by_the_library(file, name)
         elif local == "qweight":
-            arrays = {key: _load(files, f"{module}.{key}") for key in LOCALS if f"{module}.{key}" in files}
+            arrays = {
+                key: array_by_the_library(files, f"{module}.{key}") for key in LOCALS if f"{module}.{key}" in files
+            }
             for first, rows in _decoded(module, arrays, config):
                 yield f"{module}.weight", first, rows
 
@@ -75,17 +76,3 @@ def _awq(arrays: dict[str, Tensor], bits: int) -> Tensor:
     group = arrays["qweight"].shape[0] // arrays["scales"].shape[0]
     weight: Tensor = dequantize_gemm(**arrays, bits=bits, group_size=group)
     return weight
-
-
-def _files(path: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            files |= dict.fromkeys(opened.keys(), file)
-    return files
-
-
-def _load(files: dict[str, Path], name: str) -> Tensor:
-    with safe_open(files[name], "pt") as opened:  # anew for each, because a mapping keeps every page it has shown
-        found: Tensor = opened.get_tensor(name)
-        return found

@@ -152,5 +152,9 @@ def write_adapter(path: Path, layers: Mapping[str, Added], dtype: torch.dtype = 
 
 
 def base_of(path: Path) -> dict[str, Any]:
-    """What an adapter's note says of the base it was trained on; empty where there is no note (PEFT writes none)."""
+    """What an adapter's note says of the base it was trained on; empty where there is no note (PEFT writes none).
+
+    base: its format; base_made: whether it was made for the training, by rounding, or was there; vocabulary: the format
+    that was asked for of embeddings and projection.
+    """
     return read_json(path / NOTE) if (path / NOTE).is_file() else {}

@@ -61,6 +61,22 @@ def rows_by_the_library(file: Path, name: str) -> Iterator[tuple[str, int, Tenso
             yield name, rows.start, part.float()
 
 
+def files_by_array(path: Path) -> dict[str, Path]:
+    """Array -> its file, as the library `safetensors` finds them."""
+    files: dict[str, Path] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            files |= dict.fromkeys(opened.keys(), file)
+    return files
+
+
+def array_by_the_library(files: Mapping[str, Path], name: str) -> Tensor:
+    """An array whole, as the library reads it."""
+    with safe_open(files[name], "pt") as opened:  # anew for each, because a mapping keeps every page it has shown
+        found: Tensor = opened.get_tensor(name)
+        return found
+
+
 class FloatReader(Reader):
     """A folder whose arrays are the entries."""
 

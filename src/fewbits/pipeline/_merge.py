@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewbits.checkpoint import ledger_path, open_checkpoint
+from fewbits.checkpoint import Reader, ledger_path, open_checkpoint
 from fewbits.checkpoint._writer import disk_errors, refuse_existing
 from fewbits.checkpoint.adapter import FOLDER, adapter_inside, base_of, read_adapter
 from fewbits.engine import fast_float32
@@ -117,13 +117,24 @@ def _require_mergeable(source: Path, adapter: Path) -> None:
         raise UnsupportedError(f"{source} is a file; give the folder of the model that the adapter was trained for")
     if adapter_inside(source) is not None:
         raise UnsupportedError(f"{source} has an adapter inside already; give the model that it was made from")
-    AdaptedReader(open_checkpoint(source)[1], read_adapter(adapter))
+    _, reader = open_checkpoint(source)
+    note = base_of(adapter)
+    if "base" in note and not note.get("base_made") and not formats_of(reader):
+        raise UnsupportedError(
+            f"{source} is in floating point, and {adapter} was trained on a model that was {note['base']} already; "
+            "give that one"
+        )
+    AdaptedReader(reader, read_adapter(adapter))
+
+
+def formats_of(reader: Reader) -> list[str]:
+    """Names of the formats that a checkpoint's weights are quantized in; none where all are in floating point."""
+    return sorted({entry.format.name for entry in reader.entries.values() if not isinstance(entry.format, Float)})
 
 
 def _adapted(source: Path, adapter: Path, folder: Path, progress: Progress | None) -> tuple[Path, str]:
     """The adapted checkpoint, as the adapter was trained, and the format of its base."""
-    _, reader = open_checkpoint(source)
-    formats = {entry.format.name for entry in reader.entries.values() if not isinstance(entry.format, Float)}
+    formats = formats_of(open_checkpoint(source)[1])
     note, made = base_of(adapter), folder / "adapted"
     asks = not formats and "base" in note
     if adapter_inside(made) is None:
@@ -133,12 +144,12 @@ def _adapted(source: Path, adapter: Path, folder: Path, progress: Progress | Non
             quantize(
                 source, made, format=note["base"], kind="fewbits", vocabulary=vocabulary, prove=False, progress=progress
             )
-        else:
-            links(source, made)
         with disk_errors(made):
+            if not asks:
+                links(source, made)
             shutil.copytree(adapter, folder / FOLDER, dirs_exist_ok=True)
             (folder / FOLDER).rename(made / FOLDER)
-    return made, note["base"] if asks else ", ".join(sorted(formats)) or "full precision"
+    return made, note["base"] if asks else ", ".join(formats) or "full precision"
 
 
 def _tried(task: Task, name: str, stages: Stages, share: float) -> Tried:

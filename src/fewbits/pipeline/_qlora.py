@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -161,7 +161,8 @@ def train_qlora(
         learned = processes.trained(whole)
         with processes.main_first():
             if processes.is_main():
-                _write(whole, learned, journal.folder / "adapter", out, result, vocabulary)
+                about = {"base_made": folder != source, "vocabulary": vocabulary}
+                _write(whole, learned, journal.folder / "adapter", out, result, about)
                 journal.remove()
     return result
 
@@ -248,16 +249,16 @@ def _optimizer(model: nn.Module, qlora: Qlora) -> torch.optim.Optimizer:
 
 
 def _write(
-    whole: Any, learned: dict[str, Tensor], folder: Path, out: Path, result: AdapterTraining, vocabulary: str | None
+    whole: Any, learned: dict[str, Tensor], folder: Path, out: Path, result: AdapterTraining, about: Mapping[str, Any]
 ) -> None:
-    """The adapter under its own name once all of it is on the disk."""
+    """The adapter under its own name once all of it is on the disk. about: what `fewbits merge` makes the base by."""
     with disk_errors(out):
         whole.save_pretrained(str(folder), state_dict=learned)
         note = {
             "fewbits": version("fewbits"),
             "source": Path(result.source).name,
             "base": result.base,
-            "vocabulary": vocabulary,
+            **about,
             "data": result.data,
             "steps": result.steps,
             "held_out_loss": result.after,
