@@ -8,7 +8,8 @@ from folders import entries_of, floating, quantized, rows_of, same, write
 
 from fewbits.checkpoint import KINDS, Entry, open_checkpoint
 from fewbits.errors import CheckpointError, UnsupportedError
-from fewbits.formats import FORMATS, Affine, Float
+from fewbits.formats import FORMATS, Float
+from fewbits.formats.minifloat import MxFp4
 
 KIND = KINDS["fewbits"]
 SHAPE = (11, 256)
@@ -73,7 +74,7 @@ def test_fused_experts_are_one_entry(tmp_path):
 
 
 def test_a_format_that_its_name_does_not_describe_is_refused(tmp_path):
-    entry = Entry("w", (4, 64), Affine(bits=4, group=32, group_scale=torch.float32))
+    entry = Entry("w", (4, 64), MxFp4(group=16))
     assert "not the format" in KIND.admits(entry)
     with pytest.raises(UnsupportedError, match="not the format"):
         KIND.create(tmp_path / "out", [entry], tmp_path, {})

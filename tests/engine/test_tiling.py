@@ -8,13 +8,15 @@ import torch
 
 from fewbits.engine import tiling
 from fewbits.engine.tiling import levels_by_code, narrowest, tiled
+from fewbits.errors import FormatError
 from fewbits.formats import FORMATS, Affine, Float, Format, QTensor
+from fewbits.formats.codebook import Codebook
 from fewbits.runtime.tiles import Direct, Floats, Stepped, Tiles, Zeros, decode
 
 SHAPES = ((5, 40), (16, 272), (37, 256), (33, 512))
 """Rows that are no whole panels, columns that are no whole blocks and no whole groups."""
-NF4_ERROR = 0.0039
-"""Of the scale: what rounding NF4's levels to the best grid within a byte moves one by, at most."""
+TABLE_ERROR = 0.0039
+"""Of the scale: what rounding NF4's or FP4's levels to the best grid within a byte moves one by, at most."""
 
 
 def quantized(format: Format, shape: tuple[int, int], *, search: bool = False) -> QTensor:
@@ -24,23 +26,29 @@ def quantized(format: Format, shape: tuple[int, int], *, search: bool = False) -
 
 
 def fits(format: Format, shape: tuple[int, int]) -> bool:
-    return shape[1] % getattr(format, "span", 1) == 0 if "blocks" in format.arrays((1, 256)) else True
+    try:
+        format.check(shape)
+    except FormatError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_tiles_are_the_formats_own_numbers(name):
     """Bit for bit: tiles multiply and add what the format's decoder does, in its order; factors of levels are powers
-    of two. Only NF4's levels are rounded.
+    of two. Only levels of tables are rounded, and LLM.int8's decoder rounds twice where tiles have one scale.
     """
     for shape in SHAPES:
         if not fits(FORMATS[name], shape):
             continue
         weight = quantized(FORMATS[name], shape)
         found, expected = decode(tiled(weight)), weight.dequantize().numpy()
-        if name.startswith("nf4"):
-            scale = weight.params["scale"].repeat_interleave(64, 1)[:, : shape[1]].numpy()
-            assert (np.abs(found - expected) <= NF4_ERROR * scale).all()
+        if isinstance(weight.format, Codebook):
+            scale = weight.params["scale"].repeat_interleave(weight.format.group, 1)[:, : shape[1]].numpy()
+            assert (np.abs(found - expected) <= TABLE_ERROR * scale).all()
             assert not np.array_equal(found, expected)
+        elif name == "llm-int8":
+            np.testing.assert_allclose(found, expected, rtol=2**-22)
         else:
             assert np.array_equal(found, expected), shape
 

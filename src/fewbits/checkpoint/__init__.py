@@ -12,12 +12,15 @@ from fewbits.checkpoint.activations import CACHE_SCALES, cache_scales, input_sca
 from fewbits.checkpoint.awq import Awq
 from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
 from fewbits.checkpoint.bitnet import BitNet
+from fewbits.checkpoint.bitsandbytes import BitsAndBytes
 from fewbits.checkpoint.compressed_tensors import CompressedTensors
 from fewbits.checkpoint.fewbits import Fewbits
+from fewbits.checkpoint.fp8 import FineGrainedFp8
 from fewbits.checkpoint.gguf import Gguf
 from fewbits.checkpoint.gptq import Gptq, GptqV2
 from fewbits.checkpoint.huggingface import HuggingFace
 from fewbits.checkpoint.ledger import ledger_path, read_ledger
+from fewbits.checkpoint.mlx import Mlx
 from fewbits.errors import CheckpointError
 
 KINDS: dict[str, Kind] = {
@@ -30,6 +33,9 @@ KINDS: dict[str, Kind] = {
         Gptq(),
         GptqV2(),
         Awq(),
+        BitsAndBytes(),
+        FineGrainedFp8(),
+        Mlx(),
         HuggingFace(),
     )
 }

@@ -292,7 +292,9 @@ class Nvfp4PackQuantized(Mxfp4PackQuantized):
 
 def trouble(format: Format, shape: tuple[int, ...]) -> str | None:
     """Why no layout holds a weight of this format and shape exactly, if none does."""
-    held = isinstance(format, Affine | MxFp4 | NvFp4) or (isinstance(format, Fp8) and format.exponent == 4)
+    held = isinstance(format, Affine | MxFp4 | NvFp4) or (
+        isinstance(format, Fp8) and format.exponent == 4 and not isinstance(format.group, int)
+    )
     if not held:
         return f"compressed-tensors has no layout for {format}; write the fewbits kind, which holds every format"
     group = format.group if isinstance(format, Grouped) else "row"

@@ -62,7 +62,7 @@ SPAN = 256
 """Columns that share a factor in formats of two levels."""
 KINDS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 """What `Floats` calls its types."""
-NEUTRAL = {"scale": 1, "zero": 0, "offset": 0, "exponent": 127, "global_scale": 1} | {
+NEUTRAL = {"scale": 1, "zero": 0, "offset": 0, "exponent": 127, "global_scale": 1, "absmax": 127} | {
     "factor": 1,
     "steps": 1,
     "minimum_factor": 0,

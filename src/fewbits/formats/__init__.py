@@ -7,12 +7,10 @@ inputs of linear layers can be rounded to.
 
 from __future__ import annotations
 
-import torch
-
 from fewbits.errors import FormatError
 from fewbits.formats.activations import ACTIVATIONS, ActivationFormat, activation_named
 from fewbits.formats.affine import AFFINE, Affine
-from fewbits.formats.base import Arrays, ArraySpec, Format, Group, Grouped, Lookup, Params, QTensor
+from fewbits.formats.base import SCALE_TYPES, Arrays, ArraySpec, Format, Group, Grouped, Lookup, Params, QTensor
 from fewbits.formats.binary import BINARY
 from fewbits.formats.codebook import CODEBOOKS
 from fewbits.formats.floats import FLOATS, Float
@@ -20,7 +18,9 @@ from fewbits.formats.gguf_iq import GGUF_IQ
 from fewbits.formats.gguf_k import GGUF_K
 from fewbits.formats.gguf_legacy import GGUF_LEGACY
 from fewbits.formats.gguf_ternary import GGUF_TERNARY
+from fewbits.formats.llm_int8 import LLM_INT8
 from fewbits.formats.minifloat import MINIFLOATS
+from fewbits.formats.offset import OFFSET
 from fewbits.formats.ternary import TERNARY, Ternary
 
 FORMATS: dict[str, Format] = {
@@ -29,6 +29,8 @@ FORMATS: dict[str, Format] = {
         *FLOATS,
         *MINIFLOATS,
         *AFFINE,
+        *OFFSET,
+        *LLM_INT8,
         *CODEBOOKS,
         *TERNARY,
         *BINARY,
@@ -41,10 +43,14 @@ FORMATS: dict[str, Format] = {
 
 
 def format_named(name: str) -> Format:
-    """The format of that name; `-bf16` after a group's size means scales in BF16. Raises FormatError if unknown."""
-    format = FORMATS.get(name) or FORMATS.get(name.removesuffix("-bf16"))
-    if format is not None and name.endswith("-bf16"):
-        format = format.with_scales_in(torch.bfloat16)
+    """The format of that name; `-bf16` or `-fp32` after a group's size is the type of its scales.
+
+    Raises FormatError if unknown.
+    """
+    format = FORMATS.get(name)
+    for dtype, suffix in SCALE_TYPES.items():
+        if format is None and suffix and name.endswith(suffix) and name.removesuffix(suffix) in FORMATS:
+            format = FORMATS[name.removesuffix(suffix)].with_scales_in(dtype)
     if format is None or format.name != name:
         from difflib import get_close_matches
 

@@ -35,6 +35,9 @@ Params: TypeAlias = Mapping[str, Tensor]
 Arrays: TypeAlias = dict[str, Tensor]
 Group: TypeAlias = int | Literal["row", "tensor"]
 
+SCALE_TYPES = {torch.float16: "", torch.bfloat16: "-bf16", torch.float32: "-fp32"}
+"""What a name says of the type of a group's scales."""
+
 
 @dataclass(frozen=True)
 class ArraySpec:
@@ -164,7 +167,7 @@ class Format(ABC):
         raise FormatError(f"{self.name} cannot be rounded one column at a time; use a method that rounds whole tensors")
 
     def with_scales_in(self, dtype: torch.dtype) -> Format:
-        """This format with its 16-bit scales in `dtype` (float16 or bfloat16); itself where it has no such choice."""
+        """This format with a group's scales in `dtype`, one of SCALE_TYPES; itself where it has no such choice."""
         return self
 
     def __str__(self) -> str:
@@ -313,7 +316,7 @@ class Scaled(Grouped):
     """A Grouped format whose scales take 16 bits where there is one per group, and FP32 per row or tensor (for free).
 
     The 16-bit type is FP16 unless `with_scales_in` says BF16: engines load scales in the model's own type, and a scale
-    that has to be converted there is another scale.
+    that has to be converted there is another scale. So it can be FP32 too, where another program wrote that.
     """
 
     group_scale: torch.dtype = torch.float16
@@ -324,7 +327,7 @@ class Scaled(Grouped):
 
     @property
     def suffix(self) -> str:
-        return super().suffix + ("-bf16" if self.scale_dtype == torch.bfloat16 else "")
+        return super().suffix + (SCALE_TYPES[self.scale_dtype] if isinstance(self.group, int) else "")
 
     def with_scales_in(self, dtype: torch.dtype) -> Format:
         return replace(self, group_scale=dtype) if isinstance(self.group, int) else self

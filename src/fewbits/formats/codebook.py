@@ -1,11 +1,15 @@
-"""NF4: sixteen levels at the quantiles of a normal distribution, times the group's largest magnitude.
+"""NF4 and FP4: sixteen levels from a table, times the group's largest magnitude.
 
-Trained weights are close to normal within a group, so levels of equal probability waste no code. The table is that of
-Dettmers et al. 2023 (QLoRA, arXiv:2305.14314, appendix E), level −1 to 1 with an exact zero.
+NF4's levels are the quantiles of a normal distribution. Trained weights are close to normal within a group, so levels
+of equal probability waste no code. The table is that of Dettmers et al. 2023 (QLoRA, arXiv:2305.14314, appendix E),
+level −1 to 1 with an exact zero.
 
-The scale of a group of 64 is FP32 (0.5 bits per weight). `nf4-dq` quantizes the scales again (double quantization,
-section 3 of the paper): they become signed bytes around the matrix's mean, with one FP32 step for every 256, 0.127 bits
-per weight instead of 0.5.
+FP4 is bitsandbytes' own 4-bit float: a sign, and magnitudes 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3 and 1 in an order that
+its kernels like. No hardware has it, and NF4 is more accurate; it is there because checkpoints are.
+
+The scale of a group of 64 is FP32 (0.5 bits per weight); other groups have their size in the name. `nf4-dq` quantizes
+the scales again (double quantization, section 3 of the paper): they become signed bytes around the matrix's mean, with
+one FP32 step for every 256, 0.127 bits per weight instead of 0.5.
 """
 
 from __future__ import annotations
@@ -31,22 +35,29 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
 # fmt: on
+_TWELFTHS = (0, 0.0625, 8, 12, 4, 6, 2, 3)
+FP4 = tuple(sign * twelfths / 12 for sign in (1, -1) for twelfths in _TWELFTHS)
+USUAL = 64  # the group that a name need not say
 NESTED = 256  # scales that share a second-level scale
 
 
 @dataclass(frozen=True)
-class NormalFloat(Grouped):
-    """NF4 codes and an FP32 scale per group. Param: scale; double-quantized ones also carry its stored parts."""
+class Codebook(Grouped):
+    """Codes into a table of sixteen levels, and an FP32 scale per group. Param: scale."""
 
-    group: int = 64
-    double: bool = False
+    group: int = USUAL
 
-    summary: ClassVar[str] = "4-bit codes into the quantiles of a normal distribution"
-    purpose: ClassVar[str] = "frozen weights under a fine-tune (QLoRA): good at 4 bits without any calibration"
+    table: ClassVar[tuple[float, ...]]
+    """The level of each code."""
+    called: ClassVar[str]
 
     @property
     def name(self) -> str:
-        return "nf4-dq" if self.double else "nf4"
+        return self.called + self.suffix
+
+    @property
+    def suffix(self) -> str:
+        return "" if self.group == USUAL else super().suffix
 
     @property
     def cells(self) -> str:
@@ -54,31 +65,22 @@ class NormalFloat(Grouped):
 
     @property
     def levels(self) -> Tensor:
-        return torch.tensor(NF4)
-
-    @property
-    def rowwise(self) -> bool:
-        return not self.double
+        distinct: Tensor = torch.tensor(self.table).unique()
+        return distinct
 
     def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
-        groups = self.groups(shape)
-        specs = {"packed": ArraySpec(torch.int32, pack_shape(shape))}
-        if not self.double:
-            return specs | {"scale": ArraySpec(torch.float32, groups)}
-        nested = -(-groups[-1] * groups[-2] // NESTED)
-        return specs | {
-            "scale_code": ArraySpec(torch.int8, groups),
-            "scale_step": ArraySpec(torch.float32, (*shape[:-2], nested)),
-            "scale_mean": ArraySpec(torch.float32, (*shape[:-2], 1)),
+        return {
+            "packed": ArraySpec(torch.int32, pack_shape(shape)),
+            "scale": ArraySpec(torch.float32, self.groups(shape)),
         }
 
     def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
         scale = x.abs().amax(-1)
-        if search:
-            factors = [1.0 - 0.04 * i for i in range(10)]
-            best = best_scale(x, scale, factors, lambda t: self._values(self._codes(t)), importance)
-            scale = self.least_error(x, [{"scale": scale}, {"scale": best}], importance)["scale"]
-        return self._nested(scale) if self.double else {"scale": scale}
+        if not search:
+            return {"scale": scale}
+        factors = [1.0 - 0.04 * i for i in range(10)]
+        best = best_scale(x, scale, factors, lambda t: self._values(self._codes(t)), importance)
+        return self.least_error(x, [{"scale": scale}, {"scale": best}], importance)
 
     def round_at(self, x: Tensor, params: Params) -> Tensor:
         return self._codes(x * inverse(params["scale"]))
@@ -87,7 +89,80 @@ class NormalFloat(Grouped):
         return self._values(codes).mul_(params["scale"])
 
     def rescaled(self, params: Params, factor: Tensor) -> Params:
-        return params if self.double else {"scale": params["scale"] * factor}
+        return {"scale": params["scale"] * factor}
+
+    def pack(self, codes: Tensor, params: Params) -> Arrays:
+        return {"packed": pack_bits(codes, 4), "scale": params["scale"]}
+
+    def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Params]:
+        return unpack_bits(arrays["packed"], 4, shape[-1]), {"scale": arrays["scale"]}
+
+    def lookup(self, arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Lookup:
+        return self._lookup(arrays["packed"], shape, torch.tensor(self.table), arrays["scale"])
+
+    def _codes(self, t: Tensor) -> Tensor:
+        """How many midpoints lie below each number: fifteen comparisons in the cache beat one binary search."""
+        ascending = sorted(set(self.table))
+        ranks = torch.zeros_like(t, dtype=torch.uint8)
+        for low, high in pairwise(ascending):
+            ranks += (t > torch.tensor((low + high) / 2)).view(torch.uint8)
+        if self.table == tuple(ascending):
+            return ranks
+        by_rank = torch.tensor([self.table.index(level) for level in ascending], dtype=torch.uint8, device=t.device)
+        return by_rank.index_select(0, ranks.flatten().int()).view(t.shape)
+
+    def _values(self, codes: Tensor) -> Tensor:
+        levels = torch.tensor(self.table, device=codes.device)
+        return levels.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+@dataclass(frozen=True)
+class Fp4(Codebook):
+    """bitsandbytes' FP4."""
+
+    table = FP4
+    called = "fp4"
+    summary: ClassVar[str] = "4-bit codes into bitsandbytes' table of floats"
+    purpose: ClassVar[str] = "checkpoints that bitsandbytes wrote with its default type; NF4 is the better choice"
+
+
+@dataclass(frozen=True)
+class NormalFloat(Codebook):
+    """NF4. double: the scales are quantized too, and params carry their stored parts."""
+
+    double: bool = False
+
+    table = NF4
+    called = "nf4"
+    summary: ClassVar[str] = "4-bit codes into the quantiles of a normal distribution"
+    purpose: ClassVar[str] = "frozen weights under a fine-tune (QLoRA): good at 4 bits without any calibration"
+
+    @property
+    def suffix(self) -> str:
+        return ("-dq" if self.double else "") + super().suffix
+
+    @property
+    def rowwise(self) -> bool:
+        return not self.double
+
+    def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
+        if not self.double:
+            return super().arrays(shape)
+        groups = self.groups(shape)
+        nested = -(-groups[-1] * groups[-2] // NESTED)
+        return {
+            "packed": ArraySpec(torch.int32, pack_shape(shape)),
+            "scale_code": ArraySpec(torch.int8, groups),
+            "scale_step": ArraySpec(torch.float32, (*shape[:-2], nested)),
+            "scale_mean": ArraySpec(torch.float32, (*shape[:-2], 1)),
+        }
+
+    def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
+        params = super().fit_groups(x, importance, search=search)
+        return self._nested(params["scale"]) if self.double else params
+
+    def rescaled(self, params: Params, factor: Tensor) -> Params:
+        return params if self.double else super().rescaled(params, factor)
 
     def at_columns(self, params: Params, columns: Tensor) -> Params:
         return super().at_columns({"scale": params["scale"]}, columns)
@@ -110,18 +185,7 @@ class NormalFloat(Grouped):
 
     def lookup(self, arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Lookup:
         scale = _nested_scale(arrays) if self.double else arrays["scale"]
-        return self._lookup(arrays["packed"], shape, self.levels, scale)
-
-    def _codes(self, t: Tensor) -> Tensor:
-        """How many midpoints lie below each number: fifteen comparisons in the cache beat one binary search."""
-        codes = torch.zeros_like(t, dtype=torch.uint8)
-        for low, high in pairwise(NF4):
-            codes += (t > torch.tensor((low + high) / 2)).view(torch.uint8)
-        return codes
-
-    def _values(self, codes: Tensor) -> Tensor:
-        levels = self.levels.to(codes.device)
-        return levels.index_select(0, codes.flatten().int()).view(codes.shape)
+        return self._lookup(arrays["packed"], shape, torch.tensor(self.table), scale)
 
     def _nested(self, scale: Tensor) -> Params:
         """Scales [..., N, G] as a mean and signed 8-bit codes with one step per NESTED of them, in row-major order."""
@@ -150,4 +214,8 @@ def pack_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], -(-shape[-1] // 8))
 
 
-CODEBOOKS = (NormalFloat(), NormalFloat(double=True))
+CODEBOOKS = (
+    *(NormalFloat(group=group) for group in (64, 32, 128, 256)),
+    NormalFloat(double=True),
+    *(Fp4(group=group) for group in (64, 32, 128, 256)),
+)

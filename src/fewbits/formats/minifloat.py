@@ -2,6 +2,8 @@
 
     w = scale · v,   v one of the values of a tiny floating-point type
 
+FP8 has one FP32 scale per row or tensor, or, as DeepSeek-V3 was trained (arXiv:2412.19437, section 3.3), one for each
+block of 128×128: `fp8-e4m3-b128`.
 E4M3 reaches ±448 and has no infinities, E5M2 reaches ±57344; both as in Micikevicius et al. 2022 (arXiv:2209.05433).
 E2M1 has the sixteen values ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}.
 MXFP4 (OCP Microscaling 1.0, section 5.2) gives each 32 values one E8M0 scale, a power of two.
@@ -20,6 +22,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fewbits.formats._bits import pack_bits, unpack_bits
 from fewbits.formats._search import best_scale, inverse
@@ -33,9 +36,14 @@ SEARCH = tuple(1.0 - 0.05 * i for i in range(-2, 8))  # candidate scales, relati
 
 @dataclass(frozen=True)
 class Fp8(Grouped):
-    """FP8 numbers times an FP32 scale per row or tensor. Codes are the bytes (uint8); param: scale."""
+    """FP8 numbers times an FP32 scale per row, tensor or block. Codes are the bytes (uint8); param: scale.
+
+    rows: of a block of `group` columns. The param has a line for each row all the same, as everybody's; the bytes have
+    one for each block.
+    """
 
     exponent: int = 4
+    rows: int = 1
 
     summary: ClassVar[str] = "8-bit floating point times a scale"
     purpose: ClassVar[str] = "GPUs with FP8 units: half of BF16's bytes at almost no loss"
@@ -49,6 +57,16 @@ class Fp8(Grouped):
         return f"fp8-e{self.exponent}m{7 - self.exponent}{self.suffix}"
 
     @property
+    def suffix(self) -> str:
+        if self.rows == 1:
+            return super().suffix
+        return f"-b{self.rows}" if self.rows == self.group else f"-b{self.rows}x{self.group}"
+
+    @property
+    def rowwise(self) -> bool:
+        return super().rowwise and self.rows == 1
+
+    @property
     def cells(self) -> str:
         return "S" + self.exponent * "E" + (7 - self.exponent) * "M"
 
@@ -59,9 +77,18 @@ class Fp8(Grouped):
         return distinct
 
     def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
-        return {"weight": ArraySpec(self.dtype, shape), "scale": ArraySpec(torch.float32, self.groups(shape))}
+        *matrices, lines, groups = self.groups(shape)
+        blocks = (*matrices, -(-lines // self.rows), groups)
+        return {"weight": ArraySpec(self.dtype, shape), "scale": ArraySpec(torch.float32, blocks)}
 
     def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
+        if self.rows == 1:
+            return self._fit(x, importance, search=search)
+        blocks = self._blocks(x)
+        params = self._fit(blocks, None if importance is None else self._blocks(importance), search=search)
+        return {"scale": self._by_row(params["scale"], x.shape[-3])}
+
+    def _fit(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
         start = x.abs().amax(-1).div_(torch.finfo(self.dtype).max)
         if not search:
             return {"scale": start}
@@ -75,17 +102,30 @@ class Fp8(Grouped):
         return codes.view(self.dtype).float().mul_(params["scale"])
 
     def rescaled(self, params: Params, factor: Tensor) -> Params:
+        if self.rows > 1:
+            return params  # a row's scale is that of its block
         return {"scale": params["scale"] * factor}
 
     def pack(self, codes: Tensor, params: Params) -> Arrays:
-        return {"weight": codes.view(self.dtype), "scale": params["scale"]}
+        scale = params["scale"] if self.rows == 1 else params["scale"][..., :: self.rows, :].contiguous()
+        return {"weight": codes.view(self.dtype), "scale": scale}
 
     def unpack(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Params]:
-        return arrays["weight"].view(torch.uint8), {"scale": arrays["scale"]}
+        return arrays["weight"].view(torch.uint8), {"scale": self._by_row(arrays["scale"], shape[-2])}
 
     def lookup(self, arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Lookup:
         values = torch.arange(256, dtype=torch.uint8).view(self.dtype).float()
-        return self._lookup(arrays["weight"], shape, values, arrays["scale"])
+        return self._lookup(arrays["weight"], shape, values, self._by_row(arrays["scale"], shape[-2]))
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """The grouped view [..., N, G, g] by blocks, [..., ⌈N / rows⌉, G, rows · g], filled up with zeros."""
+        filled = pad(x, (0, 0, 0, 0, 0, -x.shape[-3] % self.rows))
+        blocks: Tensor = filled.unflatten(-3, (-1, self.rows)).transpose(-3, -2).flatten(-2)
+        return blocks
+
+    def _by_row(self, scale: Tensor, rows: int) -> Tensor:
+        """Scales of blocks as those of each row."""
+        return scale if self.rows == 1 else scale.repeat_interleave(self.rows, -2)[..., :rows, :]
 
     def _cast(self, t: Tensor) -> Tensor:
         peak = torch.finfo(self.dtype).max
@@ -244,4 +284,5 @@ MINIFLOATS = (
     *(Fp8(exponent=e, group=g) for e in (4, 5) for g in ("row", "tensor")),
     MxFp4(),
     NvFp4(),
+    Fp8(group=128, rows=128),
 )

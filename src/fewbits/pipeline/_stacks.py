@@ -22,11 +22,20 @@ from fewbits.checkpoint.activations import is_scale
 from fewbits.checkpoint.adapter import adapter_inside
 from fewbits.engine.skeleton import attention
 from fewbits.errors import VerificationError
+from fewbits.formats.llm_int8 import LlmInt8
 
 WINDOW = 64  # tokens in the probe
-LOGIT_KLD = {"huggingface": 1e-6, "compressed-tensors": 1e-4, "bitnet": 1e-6, "gguf": 1e-2}
+LOGIT_KLD = {
+    "huggingface": 1e-6,
+    "compressed-tensors": 1e-4,
+    "bitnet": 1e-6,
+    "bitsandbytes": 1e-4,
+    "fp8": 1e-6,
+    "gguf": 1e-2,
+}
 """Largest mean KL divergence (nats) that the arithmetic of each file type's independent stack explains. Measured on
-models of 0.26 M to 1.2 G weights: 0 for the first two in FP32, 2e-7 for GGUF in F16 and up to 7e-4 quantized."""
+models of 0.26 M to 1.2 G weights: 0 for the first two in FP32, 2e-7 for GGUF in F16 and up to 7e-4 quantized.
+bitsandbytes multiplies 4-bit weights in 16 bits on some processors, whatever the model's type: 2e-5 on books."""
 ROUNDED_INPUTS_KLD = 1e-2
 """The same where inputs are rounded: whoever sums in another order rounds some of them to the neighbouring code, and so
 does a stack that divides by 127.5 where fewbits and vLLM divide by 127. Measured on books: up to 1.3e-3,
@@ -36,18 +45,24 @@ and 9e-5 in BitNet layers."""
 NEEDED = {
     "gguf": ("llama_cpp", "llama-cpp-python is not installed (pip install fewbits[llama-cpp])"),
     "bitnet": ("accelerate", "transformers needs accelerate for BitNet layers (pip install fewbits[train])"),
+    "bitsandbytes": ("bitsandbytes", "transformers needs bitsandbytes for its layers (pip install bitsandbytes)"),
+    "fp8": ("accelerate", "transformers needs accelerate for FP8 (pip install fewbits[train])"),
     "adapted": ("peft", "the adapter inside needs PEFT (pip install fewbits[train])"),
 }
 """Kind -> the package that its independent stack cannot do without, and what to say where it is not installed."""
-ALONE = {"fewbits": "only fewbits loads its own file type"} | dict.fromkeys(
-    ("gptq", "gptq-v2", "awq"), "GPTQModel, which transformers runs it with, has no 32-bit layers"
-)
+ALONE = {
+    "fewbits": "only fewbits loads its own file type",
+    "mlx": "mlx-lm is not run from here",
+} | dict.fromkeys(("gptq", "gptq-v2", "awq"), "GPTQModel, which transformers runs it with, has no 32-bit layers")
 """Kinds without a stack that the predictions could be compared with, and why."""
 
 
 def logit_limit(kind: Kind, reader: Reader) -> float:
     """Largest mean KL divergence that is no sign of damage."""
-    rounded = any(entry.inputs is not None and not is_scale(entry) for entry in reader.entries.values())
+    rounded = any(
+        (entry.inputs is not None and not is_scale(entry)) or isinstance(entry.format, LlmInt8)
+        for entry in reader.entries.values()
+    )
     return ROUNDED_INPUTS_KLD if rounded else LOGIT_KLD[kind.name]
 
 
@@ -103,8 +118,9 @@ def _transformers(out: Path, tokens: Tensor) -> tuple[str, Tensor]:
     config, adapter = load_config(out), adapter_inside(out)
     auto: Any = getattr(transformers, config.architectures[0])
     settings: dict[str, Any] = attention(config)
-    if adapter is not None and getattr(config, "quantization_config", None):
-        config.quantization_config["dequantize"] = True  # PEFT reads the weights of its layers
+    quantization = getattr(config, "quantization_config", None)
+    if quantization and (adapter is not None or quantization.get("quant_method") == "fp8"):
+        quantization["dequantize"] = True  # PEFT reads the weights of its layers; FP8 layers need a GPU
         settings["config"] = config
     with torch.compiler.set_stance("force_eager"):  # BitNet layers compile themselves, which takes longer than a run
         with redirect_stderr(StringIO()):  # several progress bars; what goes wrong is raised

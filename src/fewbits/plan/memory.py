@@ -104,7 +104,7 @@ def memory(
 
 
 def usual_formats() -> list[Format]:
-    """One format of each family: the first one at 8 bits and above, the group of 128 below where there is one."""
+    """One format of each family: the first one at 8 bits and above and where all have groups, else the group of 128."""
     families: dict[str, list[Format]] = {}
     for format in FORMATS.values():
         families.setdefault(family(format), []).append(format)
@@ -131,7 +131,7 @@ def parameter_count(text: str) -> int | None:
 
 
 def _representative(variants: list[Format]) -> Format:
-    if code_bits(variants[0]) >= 8:
+    if code_bits(variants[0]) >= 8 or isinstance(getattr(variants[0], "group", None), int):
         return variants[0]
     return next((v for v in variants if getattr(v, "group", None) == USUAL_GROUP), variants[0])
 
