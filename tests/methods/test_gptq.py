@@ -108,6 +108,15 @@ def test_a_ragged_last_group() -> None:
     assert objective(q, w, h).sum() < 0.7 * objective(rounded(w, h, "int4-g32"), w, h).sum()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_rows_do_not_see_how_many_others_are_solved_with_them(rows: int) -> None:
+    """To the last bit of FP32 scales, though a matrix product of few columns is summed in another order."""
+    whole = solve(format="nf4-g32")
+    parts = [solve(W[i : i + rows], format="nf4-g32") for i in range(0, N, rows)]
+    assert torch.equal(torch.cat([q.params["scale"] for q in parts]), whole.params["scale"])
+    assert torch.equal(torch.cat([q.codes for q in parts]), whole.codes)
+
+
 def test_experts_are_solved_under_their_own_hessians() -> None:
     """One that saw no token is rounded; the others come out as they would alone."""
     w, h = torch.stack([W, W * 2, W.flip(0)]), torch.stack([H, torch.zeros_like(H), H.flip(0, 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from fewbits.errors import UnsupportedError
 from fewbits.formats import FORMATS, Affine, Grouped, QTensor, format_named
 from fewbits.formats.explain import family
+from fewbits.formats.minifloat import Fp8
 from fewbits.methods import METHODS, TensorMethod, quantize_tensor
 from fewbits.methods.hqq import HQQ
 
@@ -34,7 +36,7 @@ def powers(q: QTensor, w: Tensor, p: float = 0.7) -> Tensor:
 def test_no_group_is_worse_than_by_least_squares(name: str) -> None:
     w = heavy_tailed(16, 256)
     found, squares = powers(quantize_tensor(w, name, method="hqq"), w), powers(quantize_tensor(w, name), w)
-    if FORMATS[name].name in ("nvfp4", "nf4-dq"):  # whose params hang together
+    if FORMATS[name].name in ("nvfp4", "nf4-dq", "fp8-e4m3-b128"):  # whose params hang together
         found, squares = found.sum(), squares.sum()
     elif FORMATS[name].span == 256:  # columns whose params hang together, all of them here
         found, squares = found.sum(-1), squares.sum(-1)
@@ -73,6 +75,19 @@ def test_experts_keep_to_themselves() -> None:
         both = quantize_tensor(w, name, method="hqq").dequantize()
         alone = [quantize_tensor(x, name, method="hqq").dequantize() for x in w]
         assert torch.equal(both, torch.stack(alone))
+
+
+def test_scales_of_blocks_of_rows_stay_those_of_the_block() -> None:
+    """The rows of a block accept new params together, by the sum over all of them; so does each super-block."""
+    w, format = heavy_tailed(200, 256), format_named("fp8-e4m3-b128")
+    found, plain = quantize_tensor(w, format, method="hqq"), format.fit(w, search=True)
+    scale, moved = found.params["scale"], found.params["scale"] != plain["scale"]
+    assert moved.any()
+    for block in (scale[:128], scale[128:]):
+        assert torch.equal(block, block[:1].expand_as(block))
+    change = torch.arange(12.0).reshape(3, 4)
+    assert isinstance(format, Fp8)
+    assert replace(format, rows=2).fitted_together(change)[:, 0].tolist() == [0 + 4, 0 + 4, 8]
 
 
 def test_more_iterations_never_hurt() -> None:

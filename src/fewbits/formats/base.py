@@ -194,6 +194,14 @@ class Grouped(Format):
         """Neighbours whose params are fitted together: those of a group, or of several under a scale above theirs."""
         return self.group
 
+    def fitted_together(self, sums: Tensor) -> Tensor:
+        """What a method summed by group, [..., N, G], summed over all groups whose params only move together."""
+        if not isinstance(self.span, int) or self.span == self.group:
+            return sums
+        each = self.span // int(self.group)
+        whole: Tensor = sums.unflatten(-1, (-1, each)).sum(-1)
+        return whole.repeat_interleave(each, dim=-1)
+
     @property
     def suffix(self) -> str:
         """The group's part of the name: nothing for a row, the default."""

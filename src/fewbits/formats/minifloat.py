@@ -56,6 +56,12 @@ class Fp8(Grouped):
     def name(self) -> str:
         return f"fp8-e{self.exponent}m{7 - self.exponent}{self.suffix}"
 
+    def fitted_together(self, sums: Tensor) -> Tensor:
+        if self.rows == 1:
+            return sums
+        blocks = pad(sums, (0, 0, 0, -sums.shape[-2] % self.rows)).unflatten(-2, (-1, self.rows))
+        return self._by_row(blocks.sum(-2), sums.shape[-2])
+
     @property
     def suffix(self) -> str:
         if self.rows == 1:

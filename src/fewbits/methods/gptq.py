@@ -29,7 +29,9 @@ by another few per cent on the calibration text, and not the divergence on other
 The matrix lies transposed, [K, N], so that a column of N weights is contiguous; what the columns of a run (a group, or
 128) feed back to later runs is one matrix product. Cost: 2·K²·N operations a pass and some twenty elementwise ones on
 each column. Rows are independent, so matrices that read the same input are solved on top of each other, and those of
-large ones a few at a time: beside the Hessian there are only `slab` weights with what belongs to them.
+large ones a few at a time: beside the Hessian there are only `slab` weights with what belongs to them. Libraries
+sum in another order where only a few rows are left, which FP32 scales show in their last bit; so rows are filled up
+with zeros to a multiple of `HEIGHT`, and a row's codes do not depend on how many are solved with it.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import Float, Format, Grouped, Params, QTensor
@@ -52,6 +55,9 @@ from fewbits.methods.base import TensorMethod
 
 RUN = 128
 """Columns of a run in formats whose groups are not counted in columns."""
+
+HEIGHT = 64
+"""Rows are solved by so many: torch adds up four vectors of float32 at a time in one order, what is left in another."""
 
 SHRINKING = 0.2
 """Damping for each column to a token: a Hessian of few tokens is shrunk towards a multiple of the identity.
@@ -138,11 +144,13 @@ class GPTQ(TensorMethod):
 
     def _of_target(self, format: Grouped, objective: Objective, factors: Factors, target: Tensor) -> QTensor:
         """Rows whose targets are [K, N], in the order of solving."""
-        layer = Layer(format, objective, target)
+        rows = target.shape[1]
+        layer = Layer(format, objective, pad(target, (0, -rows % HEIGHT)) if format.rowwise else target)
         layer.solve(factors)
         for _ in range(self.sweeps):
             layer.sweep()
-        return layer.result()
+        q = layer.result()
+        return _first(q, rows) if format.rowwise else q
 
 
 @dataclass
@@ -304,6 +312,10 @@ def _rows(matrices: Sequence[Tensor], rows: slice) -> Tensor:
         parts += [part] if len(part) else []
         above += len(w)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _first(q: QTensor, rows: int) -> QTensor:
+    return QTensor(q.format, q.codes[:rows], {key: p[:rows] for key, p in q.params.items()})
 
 
 def _divided(slabs: list[QTensor], heights: list[int]) -> list[QTensor]:

@@ -89,11 +89,8 @@ class HQQ(TensorMethod):
 def _accepted(format: Grouped, change: Tensor, params: Params) -> Tensor:
     """Where params are taken, by group as change: where the sum falls over all whose params are fitted together."""
     if any(p.shape != change.shape for p in params.values()):  # a param of the whole matrix
-        change = change.sum((-2, -1), keepdim=True).expand_as(change)
-    elif isinstance(format.span, int) and format.span != format.group:
-        each = format.span // int(format.group)
-        change = change.unflatten(-1, (-1, each)).sum(-1).repeat_interleave(each, dim=-1)
-    return change < 0
+        return change.sum((-2, -1), keepdim=True).expand_as(change) < 0
+    return format.fitted_together(change) < 0
 
 
 def _like(better: Tensor, param: Tensor) -> Tensor:
