@@ -89,6 +89,7 @@ FIRST, SECOND = (f"base_model.model.{LAYER}.lora_{side}.weight" for side in "AB"
         (lambda t: t.update({f"{FIRST}x": A}), "is not one of two factors"),
         (lambda t: t.update({SECOND: torch.ones(2, 3)}), r"\[2, 3\] and \[2, 3\]"),
         (lambda t: t.update({SECOND: B * float("inf")}), "not finite"),
+        (lambda t: t.update({FIRST: A[:0], SECOND: B[:, :0]}), r"\[0, \d+\] and"),
         (lambda t: t.clear(), "no factors at all"),
     ],
 )
@@ -97,6 +98,14 @@ def test_factors_that_cannot_be(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_adapter(changed(folder(tmp_path / "a"), change))
+
+
+@pytest.mark.parametrize("alpha", ["16", None, 10**400, 1e300, float("nan")])
+def test_an_alpha_that_is_no_usual_number(tmp_path: Path, alpha: Any) -> None:
+    config = folder(tmp_path / "a") / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": alpha}))
+    with pytest.raises(CheckpointError, match=r"lora_alpha is .*, not a number below"):
+        read_adapter(tmp_path / "a")
 
 
 def test_damaged_files(tmp_path: Path) -> None:

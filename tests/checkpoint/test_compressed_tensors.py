@@ -11,6 +11,7 @@ import torch
 from folders import foreign, quantized, rows_of, same, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from fewbits.checkpoint import KINDS, Entry, _ct_foreign, open_checkpoint
 from fewbits.checkpoint._ct_targets import compact
@@ -88,8 +89,6 @@ def test_bytes_worked_out_by_hand(tmp_path):
         FORMATS["int4-asym"], q.codes.add(8).to(torch.uint8), q.params | {"zero": torch.tensor([[8.0]])}
     )
     write(KIND, tmp_path / "out", {"m.weight": q, "n.weight": asymmetric})
-    from safetensors.torch import load_file
-
     file = load_file(tmp_path / "out/model.safetensors")
     words = torch.tensor([[0x76543210, 0xFEDCBA98 - (1 << 32)]], dtype=torch.int32)
     assert torch.equal(file["m.weight_packed"], words)
@@ -203,6 +202,26 @@ def test_damaged_shape_and_unknown_scheme(tmp_path):
             KIND.open(tmp_path / "out")
 
 
+def test_scales_lying_across_and_targets_that_cannot_be_matched(tmp_path):
+    write(KIND, tmp_path / "out", tensors_in([FORMATS["int8"]]))
+    file, config = tmp_path / "out/model.safetensors", tmp_path / "out/config.json"
+    arrays, sound = load_file(file), config.read_text()
+    (scale,) = (name for name in arrays if name.endswith("weight_scale"))
+    save_file(arrays | {scale: arrays[scale].reshape(-1)}, file)
+    read = KIND.open(tmp_path / "out").read(scale.removesuffix("_scale"))
+    assert torch.equal(read.params["scale"], arrays[scale])
+    save_file(arrays | {scale: arrays[scale].reshape(1, -1)}, file)
+    with pytest.raises(CheckpointError, match=r"'.*weight_scale' is torch.float32"):
+        KIND.open(tmp_path / "out")
+    save_file(arrays, file)
+    config.write_text(sound.replace('"Linear"', r'"re:(\\w*\\.?)*!$"'))
+    with pytest.raises(CheckpointError, match="no group of quantization_config targets it"):
+        KIND.open(tmp_path / "out")
+    config.write_text(sound.replace('"Linear"', '"re:(?>a)"'))
+    with pytest.raises(CheckpointError, match="cannot be matched"):
+        KIND.open(tmp_path / "out")
+
+
 LIBRARY = {
     "pack4": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}, torch.bfloat16),
     "pack4-asym": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}, None),
@@ -221,7 +240,6 @@ def test_files_that_the_library_wrote_are_read(tmp_path, name):
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
-    from safetensors.torch import save_file
 
     compression, arguments, dtype = LIBRARY[name]
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments), format=compression)

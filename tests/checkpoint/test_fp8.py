@@ -73,6 +73,17 @@ def test_ragged_blocks_are_of_the_configured_size(tmp_path):
     assert torch.equal(reader.read("a.weight").dequantize(), codes(130, 200).float() * factor)
 
 
+@pytest.mark.parametrize("block", [(2**31 - 1, 128), (128, 2**31 - 1), (2**31 - 1, 2**31 - 1)])
+def test_a_block_larger_than_the_matrix_takes_no_room(tmp_path, block):
+    """A number in config.json must not decide about memory."""
+    arrays = {"a.weight": codes(100, 100), "a.weight_scale_inv": torch.full((1, 1), 2.0)}
+    folder = folder_of(tmp_path / "x", arrays, weight_block_size=list(block))
+    found = KIND.open(folder).read("a.weight")
+    assert found.params["scale"].shape == (100, 1)
+    assert torch.equal(found.dequantize(), codes(100, 100).float() * 2)
+    assert found.format.grouped(found.codes).numel() <= 100 * 1024
+
+
 def test_bytes_worked_out_by_hand(tmp_path):
     """0.5 is 0x30 in E4M3 and −448 0xFE; a scale for each block."""
     q = QTensor(

@@ -309,6 +309,8 @@ HOSTILE = {
     "offset beyond the end": head(tensors=1) + tensor((1,), offset=1 << 63) + bytes(100),
     "crooked offset": head(tensors=1) + tensor((1,), offset=4) + bytes(100),
     "tensor twice": head(tensors=2) + 2 * tensor((1,)) + bytes(100),
+    "name that is no text": head(tensors=1) + tensor((1,), name="t").replace(b"t", b"\xff") + bytes(100),
+    "key that cannot be printed": head(pairs=1) + string("k\x1b") + struct.pack("<IB", 7, 1),
     "ragged blocks": head(tensors=1) + tensor((33, 2), kind=8) + bytes(200),
 }
 

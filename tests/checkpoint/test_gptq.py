@@ -412,6 +412,7 @@ def test_missing_arrays_are_named(folder, name):
         ({"pack_dtype": "int16"}, "words of 'int16'"),
         ({"dynamic": {"-:^m$": {}}}, r"says that it is not quantized \('-:\^m\$'\), but 'm.qweight' is there"),
         ({"dynamic": {"(": {}}}, "no valid expression"),
+        ({"dynamic": {"-:(?i)M": {}}}, "has flags"),
         ({"dynamic": [1]}, "must have an object"),
         ({"dynamic": {"m": 3}}, "must have an object"),
     ],
@@ -420,6 +421,15 @@ def test_configurations_that_disagree_are_named(folder, changes, message):
     configure(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
         read_all(folder)
+
+
+@pytest.mark.parametrize("expression", [r"-:^(\w+\.?)*!$", "+:(.*)*(.*)*x$", "(a+)+$"])
+def test_an_expression_that_backtracks_without_end_is_matched_all_the_same(tmp_path, expression):
+    """By Python's own `re` the first would take 2^60 steps on this name."""
+    name = "model." + "a" * 60
+    write(V1, tmp_path / "out", {f"{name}.weight": integers(4, 32, symmetric=True, shape=(32, 32))})
+    configure(tmp_path / "out", dynamic={expression: {"bits": 2}})
+    assert KINDS["gptq"].open(tmp_path / "out").read(f"{name}.weight").shape == (32, 32)
 
 
 def test_a_configuration_without_quantized_tensors(folder):

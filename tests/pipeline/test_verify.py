@@ -134,10 +134,15 @@ def test_a_missing_or_extra_tensor_is_found(out: Path) -> None:
     assert "model.norm.weight: missing from the file" in found
 
 
+DAMAGED = ["{}", "", "[" * 100_000, "[1]", '{"tensors": [1]}', '{"tensors": [{"name": "a", "error": "x"}]}']
+DAMAGED += ['{"tensors": [{"name": "a", "error": null}]}', '{"tensors": [{"name": "a", "error": 1' + 400 * "0" + "}]}"]
+
+
 def test_no_ledger_or_a_damaged_one(out: Path, llama: Path) -> None:
-    (out / "fewbits.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="not a ledger"):
-        fewbits.verify(out)
+    for damaged in DAMAGED:
+        (out / "fewbits.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match="not a ledger"):
+            fewbits.verify(out)
     with pytest.raises(CheckpointError, match="only outputs of fewbits"):
         fewbits.verify(llama)
 

@@ -192,7 +192,10 @@ class _Parser:
         return dtype
 
     def _name(self, what: str) -> str:
-        return self._string(what, KEY_LIMIT)
+        name = self._string(what, KEY_LIMIT)
+        if not name.isprintable():
+            raise self._error(f"{what} {name[:80]!r} holds characters that no name has; it is damaged")
+        return name
 
     def _string(self, what: str, limit: int = HEADER_LIMIT) -> str:
         length = self._number("<Q", what)

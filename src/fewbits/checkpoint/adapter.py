@@ -34,6 +34,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOTE = "fewbits.json"
 """Beside an adapter that fewbits trained: what base it was trained on."""
 BEFORE = "base_model.model."
+LARGEST_ALPHA = 1e30
 PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -111,15 +112,15 @@ def _layers(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -
 
 
 def _low_rank(path: Path, config: Mapping[str, Any], layer: str, a: Tensor, b: Tensor) -> Added:
-    if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
+    if a.dim() != 2 or b.dim() != 2 or not len(a) == b.shape[1] > 0:
         raise CheckpointError(
             f"{path / WEIGHTS}: the factors of {layer} are {list(a.shape)} and {list(b.shape)}, not [r, K] and [N, r]"
         )
     if not (a.isfinite().all() and b.isfinite().all()):
         raise CheckpointError(f"{path / WEIGHTS}: the factors of {layer} are not finite; train the adapter again")
     alpha = config.get("lora_alpha", 8)  # as PEFT has it
-    if not isinstance(alpha, int | float):
-        raise CheckpointError(f"{path / CONFIG}: lora_alpha is {alpha!r}, not a number")
+    if not isinstance(alpha, int | float) or not abs(alpha) < LARGEST_ALPHA:
+        raise CheckpointError(f"{path / CONFIG}: lora_alpha is {str(alpha)[:80]}, not a number below {LARGEST_ALPHA:g}")
     rank = len(a)
     return Added(a, b * (alpha / (rank**0.5 if config.get("use_rslora") else rank)))
 

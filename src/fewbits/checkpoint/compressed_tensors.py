@@ -33,7 +33,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +48,7 @@ from fewbits.checkpoint._arrays import CONFIG, ArrayFolder, read_json
 from fewbits.checkpoint._ct_foreign import decoded_by_the_library
 from fewbits.checkpoint._ct_layouts import Layout
 from fewbits.checkpoint._ct_targets import compact
+from fewbits.checkpoint._expressions import matches
 from fewbits.checkpoint._writer import FolderWriter
 from fewbits.checkpoint.activations import (
     CACHE_SCALES,
@@ -280,12 +280,17 @@ class CompressedReader(Reader):
         found = self._folder.located(name)
         # Others write scales of rows in 16 bits, and leave out dimensions of size 1; both lose nothing here.
         scale = name.endswith("weight_scale") and spec.dtype == torch.float32 and found.dtype in layouts.SCALES
-        same_size = found.shape == spec.shape or (scale and math.prod(found.shape) == math.prod(spec.shape))
+        same_size = found.shape == spec.shape or (scale and _without_ones(found.shape, spec.shape))
         if not same_size or (found.dtype != spec.dtype and not scale):
             raise CheckpointError(
                 f"{found.file}: '{name}' is {found.dtype} {list(found.shape)}, but {layout.compression} of "
                 f"{layout.format} needs {spec.dtype} {list(spec.shape)}; the file is damaged or of another version"
             )
+
+
+def _without_ones(found: tuple[int, ...], spec: tuple[int, ...]) -> bool:
+    """Whether a scale's shape is the one needed, but for dimensions of size 1: one a tensor, or one a row."""
+    return math.prod(found) == 1 if len(spec) == 1 else spec == (*found, 1)
 
 
 def quantization_config(
@@ -377,9 +382,9 @@ def _groups(path: Path, quantization: Mapping[str, Any]) -> list[Mapping[str, An
 def _is_group(group: Any) -> bool:
     try:
         for target in group["targets"]:
-            re.compile(target.removeprefix("re:"))
+            matches(target.removeprefix("re:"), "")
         return isinstance(group["targets"], list) and isinstance(group["weights"], dict)
-    except (TypeError, KeyError, AttributeError, re.error):
+    except (TypeError, KeyError, AttributeError, ValueError):
         return False
 
 
@@ -388,7 +393,14 @@ def _group_of(module: str, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, 
     for group in groups:
         for target in group["targets"]:
             expression = target.removeprefix("re:")
-            if target == module or (expression != target and re.match(expression, module)):
+            if target == module or (expression != target and _matches(expression, module)):
                 return group
     classes = [g for g in groups if any(not t.startswith("re:") and "." not in t for t in g["targets"])]
     return classes[0] if classes else None
+
+
+def _matches(expression: str, module: str) -> bool:
+    try:
+        return matches(expression, module)
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG}: a target of quantization_config cannot be matched: {error}") from error

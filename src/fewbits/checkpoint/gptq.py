@@ -48,6 +48,7 @@ from fewbits.checkpoint import _columns as columns
 from fewbits.checkpoint._arrays import CONFIG, ArrayFolder, read_json
 from fewbits.checkpoint._columns import ColumnReader, ColumnWriter, Layout, Read
 from fewbits.checkpoint._ct_targets import compact
+from fewbits.checkpoint._expressions import matches
 from fewbits.checkpoint._gptqmodel import decoded_by_gptqmodel
 from fewbits.checkpoint.activations import WEIGHT
 from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
@@ -329,15 +330,15 @@ def _override(where: str, module: str, dynamic: Any) -> Mapping[str, Any]:
         raise CheckpointError(f"{where}: dynamic in {CONFIG} must have an object for each expression; it is damaged")
     for pattern, settings in dynamic.items():
         try:
-            matches = re.match(re.sub("^[-+]:", "", pattern), module)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{where}: dynamic in {CONFIG} has {pattern!r}, no valid expression") from error
-        if matches and pattern.startswith("-:"):
+            found = matches(re.sub("^[-+]:", "", pattern), module)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: dynamic in {CONFIG}: {error}") from error
+        if found and pattern.startswith("-:"):
             raise CheckpointError(
                 f"{where}: {CONFIG} says that it is not quantized ({pattern!r}), but '{module}.qweight' is there; "
                 "download both again"
             )
-        if matches:
+        if found:
             return dict(settings)
     return {}
 

@@ -35,6 +35,8 @@ Params: TypeAlias = Mapping[str, Tensor]
 Arrays: TypeAlias = dict[str, Tensor]
 Group: TypeAlias = int | Literal["row", "tensor"]
 
+WIDEST = 1024
+"""A group that is wider than its row is filled up with zeros to so many columns at most."""
 SCALE_TYPES = {torch.float16: "", torch.bfloat16: "-bf16", torch.float32: "-fp32"}
 """What a name says of the type of a group's scales."""
 
@@ -298,7 +300,12 @@ class Grouped(Format):
                 return (*shape[:-1], math.ceil(shape[-1] / self.group))
 
     def _padding(self, in_features: int) -> int:
-        return -in_features % self.group if isinstance(self.group, int) else 0
+        """Zeros at a row's end."""
+        return -in_features % self._width(in_features) if isinstance(self.group, int) else 0
+
+    def _width(self, in_features: int) -> int:
+        """Columns of a group in the grouped view. One far wider than the row, as a file may claim, ends with it."""
+        return min(int(self.group), max(in_features, WIDEST))
 
     def grouped(self, w: Tensor) -> Tensor:
         """The grouped view [..., g] of w [..., N, K], padded with zeros where the last group is ragged."""
@@ -310,7 +317,7 @@ class Grouped(Format):
             case _:
                 padding = self._padding(w.shape[-1])
                 padded = torch.nn.functional.pad(w, (0, padding)) if padding else w
-                return padded.reshape(*w.shape[:-1], -1, self.group)
+                return padded.reshape(*w.shape[:-1], -1, self._width(w.shape[-1]))
 
     def ungrouped(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `grouped` for a tensor of this shape."""

@@ -131,7 +131,7 @@ class Fp8(Grouped):
 
     def _by_row(self, scale: Tensor, rows: int) -> Tensor:
         """Scales of blocks as those of each row."""
-        return scale if self.rows == 1 else scale.repeat_interleave(self.rows, -2)[..., :rows, :]
+        return scale if self.rows == 1 else scale.index_select(-2, torch.arange(rows, device=scale.device) // self.rows)
 
     def _cast(self, t: Tensor) -> Tensor:
         peak = torch.finfo(self.dtype).max
