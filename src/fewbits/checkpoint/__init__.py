@@ -21,6 +21,8 @@ from fewbits.checkpoint.gptq import Gptq, GptqV2
 from fewbits.checkpoint.huggingface import HuggingFace
 from fewbits.checkpoint.ledger import ledger_path, read_ledger
 from fewbits.checkpoint.mlx import Mlx
+from fewbits.checkpoint.modelopt import ModelOpt
+from fewbits.checkpoint.mxfp4 import Mxfp4
 from fewbits.errors import CheckpointError
 
 KINDS: dict[str, Kind] = {
@@ -35,6 +37,8 @@ KINDS: dict[str, Kind] = {
         Awq(),
         BitsAndBytes(),
         FineGrainedFp8(),
+        Mxfp4(),
+        ModelOpt(),
         Mlx(),
         HuggingFace(),
     )

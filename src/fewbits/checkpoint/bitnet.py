@@ -42,7 +42,7 @@ from fewbits.checkpoint._arrays import CONFIG, ArrayFolder, Located, read_json
 from fewbits.checkpoint._writer import FolderWriter
 from fewbits.checkpoint.activations import EMBEDDING, EXPERT, WEIGHT, activation_trouble
 from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
-from fewbits.checkpoint.huggingface import float_trouble, require_admitted, rows_by_the_library
+from fewbits.checkpoint.huggingface import float_trouble, quantization_of, require_admitted, rows_by_the_library
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import ACTIVATIONS, ArraySpec, Float, QTensor, Ternary, format_named
 
@@ -67,7 +67,7 @@ class BitNet(Kind):
 
     def detect(self, path: Path) -> bool:
         try:
-            return _quantization(read_json(path / CONFIG)).get("quant_method") == METHOD
+            return quantization_of(read_json(path / CONFIG)).get("quant_method") == METHOD
         except CheckpointError:
             return False
 
@@ -101,7 +101,7 @@ class BitNet(Kind):
 
     def foreign(self, path: Path) -> Iterator[tuple[str, int, Tensor]]:
         """Codes as transformers unpacks them, times the scale."""
-        divides = _linear_class(path, _quantization(read_json(path / CONFIG))) == DIVIDES
+        divides = _linear_class(path, quantization_of(read_json(path / CONFIG))) == DIVIDES
         folder = ArrayFolder(path)
         for name, array in folder.arrays.items():
             if _is_packed(folder, name):
@@ -117,7 +117,7 @@ class BitNetReader(Reader):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / CONFIG)
-        quantization = _quantization(self.config)
+        quantization = quantization_of(self.config)
         self.config.pop("quantization_config", None)
         self._divides = _linear_class(path, quantization) == DIVIDES
         self._folder = ArrayFolder(path)
@@ -271,11 +271,6 @@ def _name_trouble(entry: Entry) -> str | None:
             "floating point, or write fewbits instead"
         )
     return None
-
-
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = config.get("quantization_config")
-    return found if isinstance(found, dict) else {}
 
 
 def _linear_class(path: Path, quantization: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ from fewbits.checkpoint._writer import FolderWriter
 from fewbits.checkpoint.activations import EMBEDDING, EXPERT, WEIGHT, activation_trouble
 from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
 from fewbits.checkpoint.bitnet import OUTPUTS, patterns
-from fewbits.checkpoint.huggingface import float_trouble, require_admitted, rows_by_the_library
+from fewbits.checkpoint.huggingface import float_trouble, quantization_of, require_admitted, rows_by_the_library
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import ArraySpec, Float, Format, QTensor
 from fewbits.formats.codebook import Codebook, Fp4, NormalFloat
@@ -71,7 +71,7 @@ class BitsAndBytes(Kind):
 
     def detect(self, path: Path) -> bool:
         try:
-            return _is_ours(_quantization(read_json(path / CONFIG)))
+            return _is_ours(quantization_of(read_json(path / CONFIG)))
         except CheckpointError:
             return False
 
@@ -148,7 +148,7 @@ class BitsAndBytesReader(Reader):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / CONFIG)
-        self._quantization = _quantization(self.config)
+        self._quantization = quantization_of(self.config)
         self.config.pop("quantization_config", None)
         self.folder = ArrayFolder(path)
         self.four: dict[str, FourBit] = {}
@@ -449,11 +449,6 @@ def _is_ours(quantization: Mapping[str, Any]) -> bool:
 def _says(quantization: Mapping[str, Any], key: str) -> bool:
     """A flag, which transformers writes with and without an underscore."""
     return quantization.get(key, quantization.get(f"_{key}", False)) is True
-
-
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = config.get("quantization_config")
-    return found if isinstance(found, dict) else {}
 
 
 def _module(weight: str) -> str:

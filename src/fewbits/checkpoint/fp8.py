@@ -33,7 +33,7 @@ from fewbits.checkpoint._writer import FolderWriter
 from fewbits.checkpoint.activations import EMBEDDING, EXPERT, WEIGHT, activation_trouble
 from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
 from fewbits.checkpoint.bitnet import OUTPUTS, patterns
-from fewbits.checkpoint.huggingface import float_trouble, require_admitted, rows_by_the_library
+from fewbits.checkpoint.huggingface import float_trouble, quantization_of, require_admitted, rows_by_the_library
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import ArraySpec, Float, Format, QTensor
 from fewbits.formats.minifloat import Fp8
@@ -57,7 +57,7 @@ class FineGrainedFp8(Kind):
 
     def detect(self, path: Path) -> bool:
         try:
-            return _quantization(read_json(path / CONFIG)).get("quant_method") == METHOD
+            return quantization_of(read_json(path / CONFIG)).get("quant_method") == METHOD
         except CheckpointError:
             return False
 
@@ -94,7 +94,7 @@ class Fp8Reader(Reader):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / CONFIG)
-        quantization = _quantization(self.config)
+        quantization = quantization_of(self.config)
         self.config.pop("quantization_config", None)
         self._block = _block(path, quantization)
         self.folder = ArrayFolder(path)
@@ -193,11 +193,6 @@ class Fp8Writer(FolderWriter):
                 "modules_to_not_convert": patterns(skipped, converted),
             }
         }
-
-
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = config.get("quantization_config")
-    return found if isinstance(found, dict) else {}
 
 
 def _block(path: Path, quantization: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -112,6 +112,12 @@ class FloatWriter(FolderWriter):
         return {entry.name: part.codes}
 
 
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of quantization; nothing, where that is no object."""
+    found = config.get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
 def float_trouble(entry: Entry) -> str | None:
     """Why a safetensors file cannot hold this Float entry, if it cannot."""
     dtype = entry.format.arrays(entry.shape)["weight"].dtype

@@ -142,7 +142,7 @@ class Fp8(Grouped):
 
 
 @dataclass(frozen=True)
-class _Fp4(Grouped):
+class Fp4Floats(Grouped):
     """What MXFP4 and NVFP4 share: E2M1 codes (uint8, sign in bit 3) and one effective scale per group."""
 
     @property
@@ -161,7 +161,7 @@ class _Fp4(Grouped):
 
 
 @dataclass(frozen=True)
-class MxFp4(_Fp4):
+class MxFp4(Fp4Floats):
     """E2M1 with one power-of-two scale (E8M0) per group of 32. Param: exponent (uint8, biased by 127)."""
 
     group: int = 32
@@ -203,7 +203,7 @@ class MxFp4(_Fp4):
 
 
 @dataclass(frozen=True)
-class NvFp4(_Fp4):
+class NvFp4(Fp4Floats):
     """E2M1 with an E4M3 scale per group of 16 under one FP32 scale per matrix. Params: scale, global_scale."""
 
     group: int = 16
