@@ -95,11 +95,9 @@ def test_any_expression(expression: str, name: str) -> None:
 @pytest.mark.parametrize(
     "expression", ["(a+)+$", r"(\w+\.?)*!$", "(a|a)*b", "(.*)*(.*)*x$", "(a?){60}a{60}", ".*" * 30 + "!"]
 )
-def test_what_takes_for_ever_elsewhere_takes_few_steps(expression: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`re` would need 2^50 steps or 50^30; here parts × length² are the most."""
-    name = "a" * 50 + "-"
-    monkeypatch.setattr(_expressions, "STEPS", 100 * len(name) ** 2)
-    assert not matches(expression, name)
+def test_what_takes_for_ever_elsewhere_takes_few_steps(expression: str) -> None:
+    """`re` would need 2^50 steps or 50^30; here parts × length² are the most, which is within the limit."""
+    assert not matches(expression, "a" * 50 + "-")
 
 
 @pytest.mark.parametrize(
@@ -125,5 +123,5 @@ def test_refusals(expression: str, message: str) -> None:
 
 
 def test_a_name_too_long_for_the_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="more than 1000000 steps on a name of 5000"):
+    with pytest.raises(ValueError, match="more than 200000 steps on a name of 5000"):
         matches("(.*.*)*x", "a" * 5000)

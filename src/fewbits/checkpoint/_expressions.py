@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 Item: TypeAlias = tuple[Any, Any]
 TRIED = 100_000
 """Ways to go back in which `re` is quick."""
-STEPS = 1_000_000
+STEPS = 200_000
 CATEGORIES: dict[Any, Callable[[str], bool]] = {
     ops.CATEGORY_DIGIT: str.isdecimal,
     ops.CATEGORY_NOT_DIGIT: lambda c: not c.isdecimal(),
