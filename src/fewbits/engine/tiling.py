@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fewbits.formats import Float, Format, Grouped, QTensor
+from fewbits.kernels import Packed
 from fewbits.kernels.threads import workers
 from fewbits.runtime.tiles import (
     BLOCK,
@@ -47,6 +48,9 @@ from fewbits.runtime.tiles import (
     blocks,
     groups,
     panels,
+)
+from fewbits.runtime.tiles import (
+    codes as codes_of,
 )
 
 T = TypeVar("T")
@@ -80,6 +84,27 @@ def tile(format: Format, shape: tuple[int, int], read: Read) -> Weight:
     """A matrix of this format and shape in tiles; `read` returns its rows, called from several threads."""
     make = _floats if isinstance(format, Float) or _grid(format) is None else _tiles
     return make(format, shape, read)
+
+
+def tiled_packed(packed: Packed) -> Weight:
+    """A packed matrix in tiles; the whole of it is unpacked only where its rows depend on one another."""
+    if not packed.format.rowwise:
+        return tiled(packed.unpack())
+    return tile(packed.format, (packed.shape[0], packed.shape[1]), packed.take)
+
+
+def multiplies_codes(format: Format) -> bool:
+    """Whether its tiles hold its codes, from which they can be had back (`codes_from`)."""
+    return _grid(format) is not None
+
+
+def codes_from(format: Format, weight: Tiles) -> Tensor:
+    """The codes of a format that tiles were made of, [rows, columns]."""
+    grid = _grid(format)
+    assert grid is not None
+    assert isinstance(format, Grouped)
+    unsigned = torch.from_numpy(codes_of(weight))
+    return (unsigned + grid.first % 256).view(_codes_dtype(format))
 
 
 def taken(weight: QTensor, rows: slice | Tensor) -> QTensor:

@@ -1,0 +1,140 @@
+"""A packed weight that lies in tiles while a model only runs, and is packed again when anything else is asked of it.
+
+From packed arrays a product decodes the whole weight, which for a row or two is many times the work of the product
+itself; from tiles (`runtime/tiles.py`) integers are multiplied. To keep both would double the memory. Codes are the
+same in both, so either can be made of the other: the first product of a model in eval mode that needs no gradient takes
+the codes into tiles, and training, another device, another type or a copy takes them back, bit for bit. Params stay as
+they are, beside the scales that the tiles need.
+
+In tiles a product rounds its inputs to INT8 by 128 columns (`nn/tiled.py`), and NF4's levels to a grid within a byte
+(`tiling`). Whoever asks for numbers instead (`decode`, the state dict, a file) gets those of the packed arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fewbits.engine.tiling import codes_from, multiplies_codes, tiled_packed
+from fewbits.formats import Format, QTensor
+from fewbits.kernels import LowRank, Packed, product_dtype
+from fewbits.nn import PackedWeight, stored
+from fewbits.runtime.compiled import compiled
+from fewbits.runtime.products import Matrix, Products
+from fewbits.runtime.tiles import Tiles
+
+
+class TiledWeight(PackedWeight):
+    """The bytes of a matrix, in tiles from the first product on that is for inference on the CPU."""
+
+    def __init__(
+        self, format: Format, shape: tuple[int, ...], arrays: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        super().__init__(format, shape, arrays, dtype)
+        self._matrix: Matrix | None = None
+        self._codes = next(iter(arrays)) if _has_tiles(format, shape) else None
+
+    @classmethod
+    def of_packed(cls, packed: PackedWeight) -> TiledWeight:
+        """The same weight; shares memory with the other."""
+        return cls(packed.format, packed.shape, packed.view().arrays, packed.dtype)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None, low_rank: LowRank | None = None) -> Tensor:
+        if _trains(x, low_rank):
+            self.settle()
+            return super().multiply(x, bias, low_rank)
+        matrix = self._in_tiles(x.device)
+        if matrix is None:
+            return super().multiply(x, bias, low_rank)
+        rows = x.detach().float().reshape(-1, self.shape[1]).contiguous()
+        added = None if bias is None else bias.detach().float().numpy()
+        y = (
+            torch.from_numpy(matrix.multiply(rows.numpy(), added))
+            .view(*x.shape[:-1], self.shape[0])
+            .to(product_dtype(x))
+        )
+        if low_rank is not None:
+            a, b = (factor.to(y.dtype) for factor in (low_rank.a, low_rank.b))
+            y += linear(linear(x.to(y.dtype), a), b).mul_(low_rank.scale)
+        return y
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        if self._matrix is None:
+            return super().look_up(ids)
+        found = self._matrix.look_up(ids.reshape(-1).long().numpy())
+        return torch.from_numpy(found).view(*ids.shape, self.shape[1]).to(self.dtype)
+
+    def view(self) -> Packed:
+        """The weight as the kernels take it. Of a weight in tiles it is a fresh copy."""
+        if self._matrix is None:
+            return super().view()
+        assert isinstance(self._matrix.weight, Tiles)
+        return Packed.of(self._unpacked(self._matrix.weight))
+
+    def settle(self) -> None:
+        """Be packed again, if it is in tiles."""
+        if self._matrix is not None:
+            arrays = self.view().arrays
+            self._matrix = None
+            assert self._codes is not None
+            self._buffers[self._codes] = stored(arrays[self._codes])
+
+    def _in_tiles(self, device: torch.device) -> Matrix | None:
+        """The weight in tiles; None where it has to stay packed."""
+        if self._matrix is None and self._codes in self._buffers and not self.training and device.type == "cpu":
+            made = tiled_packed(super().view())
+            assert isinstance(made, Tiles)
+            assert self._codes is not None
+            # In the place of the packed codes, so that the bytes of the model's buffers are those it takes.
+            self._buffers[self._codes] = torch.from_numpy(made.codes)
+            self._matrix = _products(torch.get_num_threads()).matrix(made)
+        return self._matrix
+
+    def _unpacked(self, weight: Tiles) -> QTensor:
+        """Codes from the tiles, params from the arrays that were left."""
+        assert self._codes is not None
+        spec = self.format.arrays(self.shape)[self._codes]
+        left = {name: getattr(self, name).view(dtype) for name, dtype in self._dtypes.items() if name != self._codes}
+        empty = {self._codes: torch.zeros(spec.shape, dtype=spec.dtype)}
+        params = QTensor.from_arrays(self.format, {**empty, **left}, self.shape).params
+        return QTensor(self.format, codes_from(self.format, weight), params)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TiledWeight:
+        self.settle()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._matrix is not None:
+            destination |= {prefix + name: stored(array) for name, array in self.view().arrays.items()}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.settle()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which tiles have none of."""
+        self.settle()
+        return self.__dict__
+
+
+def _has_tiles(format: Format, shape: tuple[int, ...]) -> bool:
+    """Whether products can be made of codes in tiles, and codes lie in an array of their own, which is the first."""
+    return compiled() is not None and len(format.arrays(shape)) > 1 and multiplies_codes(format)
+
+
+@lru_cache
+def _products(threads: int) -> Products:
+    """One pool of threads for all weights of the process."""
+    return Products(threads)
+
+
+def _trains(x: Tensor, low_rank: LowRank | None) -> bool:
+    factors = () if low_rank is None else (low_rank.a, low_rank.b)
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))
