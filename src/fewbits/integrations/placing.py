@@ -19,21 +19,26 @@ from fewbits.plan.rules import Choice
 from fewbits.results import TensorReport
 
 
-def place(model: PreTrainedModel, name: str, w: Tensor, choice: Choice, method: str) -> TensorReport:
-    """Quantize w, the numbers of the parameter `name`, and swap its layer. Raises FormatError for NaN or Inf."""
+def place(model: PreTrainedModel, name: str, w: Tensor, choice: Choice, method: str) -> tuple[TensorReport, list[str]]:
+    """Quantize w, the numbers of the parameter `name`, and swap its layer, with those that share its weight.
+
+    Returns what became of it, and the parameters that are gone. Raises FormatError for NaN or Inf.
+    """
     module, leaf = owner(model, name)
     dtype = module.get_parameter(leaf).dtype
     solver = solver_named(method)
+    gone = [name]
     try:
         if w.dim() == 2:
             made = rounded(w, choice.format, solver, dtype)
-            put(model, [name, *untied(model, name)], made.weight)
+            gone += untied(model, name)
+            put(model, gone, made.weight)
             error = made.error
         else:
             error = _place_experts(module, leaf, w, choice.format, solver)
     except FormatError as trouble:
         raise FormatError(f"{name}: {trouble}") from trouble
-    return TensorReport(
+    report = TensorReport(
         name=name,
         fate="quantized",
         shape=tuple(w.shape),
@@ -44,6 +49,7 @@ def place(model: PreTrainedModel, name: str, w: Tensor, choice: Choice, method: 
         error=error,
         reason=choice.reason,
     )
+    return report, gone
 
 
 def put(model: PreTrainedModel, names: Iterable[str], weight: PackedWeight) -> None:

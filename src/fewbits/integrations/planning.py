@@ -26,9 +26,13 @@ from fewbits.models import Role, module_roles, unfused
 from fewbits.nn import can_replace
 from fewbits.pipeline import choose_kind
 from fewbits.plan.planned import read_plan
-from fewbits.plan.rules import Choice, Rules, parse
+from fewbits.plan.rules import VOCABULARY, Choice, Rules, parse
 from fewbits.plan.rules import Tensor as PlanTensor
 from fewbits.plan.targets import target_named
+
+MATRICES = (Role.LINEAR, Role.EXPERTS)
+ANYTHING = "fewbits"
+"""The kind of checkpoint that holds every format."""
 
 
 @dataclass(frozen=True)
@@ -37,42 +41,59 @@ class ModelPlan:
     although quantizing them was asked for, each with the reason.
     """
 
-    kind: Kind
     chosen: Mapping[str, Choice]
     kept: Mapping[str, str]
 
 
 def planned(model: PreTrainedModel, config: Config) -> ModelPlan:
     """Decide for every parameter. Raises UnsupportedError for an override or skip that matches nothing."""
-    formats, format, kind = _asked(config)
-    matrices = {name: found for name, found in model.named_parameters() if found.dim() > 1}
+    matrices = {name: tuple(found.shape) for name, found in model.named_parameters() if found.dim() > 1}
     roles = _roles(model)
-    parts = {name: _parts(model, name, tuple(w.shape), roles[name]) for name, w in matrices.items()}
-    why = {name: why for name, w in matrices.items() if (why := _trouble(model, name, roles[name])) is not None}
-    rules = Rules(
-        format=format,
-        admits=lambda name, shape, f: kind.admits(kind.entry(name, shape, f)),
-        vocabulary=None if config.vocabulary is None else parse(config.vocabulary),
-        overrides=(
-            *((re.escape(part), None) for part in config.skip),
-            *((p, None if f == "keep" else parse(f)) for p, f in config.overrides.items()),
-            *((pattern, None) for pattern in _in_float32(model) if any(re.search(pattern, n) for n in matrices)),
-        ),
-        planned=formats,
-    )
-    tensors = [part for name in matrices for part in parts[name]]
-    choices = rules.plan(tensors)
+    parts = {name: _parts(model, name, shape, roles[name]) for name, shape in matrices.items()}
+    rules = _rules(config, parts, roles, list(_in_float32(model)))
+    choices = rules.plan([part for name in matrices for part in parts[name]])
     chosen: dict[str, Choice] = {}
     kept: dict[str, str] = {}
-    for name in matrices:
+    for name in matrices.keys() - model.all_tied_weights_keys.keys():  # which get what they are tied to
         choice = _joined(name, [choices[part.name] for part in parts[name]])
-        if choice.quantized and name in why:
-            kept[name] = why[name]
-        elif choice.quantized:
+        trouble = _trouble(model, name, roles[name])
+        if choice.quantized and trouble is None:
             chosen[name] = choice
-        elif name in why and roles[name] is Role.OTHER:
-            kept[name] = why[name]
-    return ModelPlan(kind, chosen, kept)
+        elif choice.quantized or roles[name] is Role.OTHER:
+            kept[name] = trouble or "no matrix that is multiplied by"
+        elif _wanted(rules, roles[name], parts[name]):
+            kept[name] = choice.reason or "not asked for"
+    return ModelPlan(chosen, kept)
+
+
+def _wanted(rules: Rules, role: Role, parts: list[PlanTensor]) -> bool:
+    """Whether a parameter was to be quantized, and no override keeps it."""
+    if any(format is None and re.search(pattern, parts[0].name) for pattern, format in rules.overrides):
+        return False
+    return role in MATRICES or (rules.vocabulary is not None and role.value in VOCABULARY)
+
+
+def _rules(config: Config, parts: Mapping[str, list[PlanTensor]], roles: Mapping[str, Role], wide: list[str]) -> Rules:
+    """wide: patterns of what stays in FP32.
+
+    Matrices are such that the kind of checkpoint which `fewbits quantize` would write holds them; embeddings and output
+    projections, of which it holds none, are limited by nothing.
+    """
+    formats, format, kind = _asked(config)
+    limited = {part.name: kind for name, found in parts.items() for part in found if roles[name] in MATRICES}
+    names = [part.name for found in parts.values() for part in found]
+    overrides = (
+        *((re.escape(part), None) for part in config.skip),
+        *((pattern, None if name == "keep" else parse(name)) for pattern, name in config.overrides.items()),
+        *((pattern, None) for pattern in wide if any(re.search(pattern, name) for name in names)),
+    )
+
+    def admits(name: str, shape: tuple[int, ...], format: Format) -> str | None:
+        holder = limited.get(name, KINDS[ANYTHING])
+        return holder.admits(holder.entry(name, shape, format))
+
+    vocabulary = None if config.vocabulary is None else parse(config.vocabulary)
+    return Rules(format=format, admits=admits, vocabulary=vocabulary, overrides=overrides, planned=formats)
 
 
 def _asked(config: Config) -> tuple[Mapping[str, Format] | None, Format, Kind]:

@@ -78,12 +78,14 @@ class FewbitsQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Rounding(self)
 
-    def put(self, model: PreTrainedModel, name: str, w: Tensor) -> None:
-        """Quantize a parameter's numbers and put them into the model."""
+    def put(self, model: PreTrainedModel, name: str, w: Tensor) -> list[str]:
+        """Quantize a parameter's numbers and put them into the model; the parameters that are gone by that."""
         from fewbits.integrations.placing import place
 
         assert self._plan is not None
-        self.reports[name] = place(model, name, w, self._plan.chosen[name], self.quantization_config.method)
+        method = self.quantization_config.method
+        self.reports[name], gone = place(model, name, w, self._plan.chosen[name], method)
+        return gone
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **more: Any) -> PreTrainedModel:
         from fewbits.integrations.saving import save_pretrained
@@ -98,7 +100,7 @@ class FewbitsQuantizer(HfQuantizer):
 
     def _finish(self, model: PreTrainedModel, plan: ModelPlan) -> None:
         """What transformers' conversions brought beside the parameter that it asked about, and what stays."""
-        for name in plan.chosen.keys() - self.reports.keys() - model.all_tied_weights_keys.keys():
+        for name in plan.chosen.keys() - self.reports.keys():
             self.put(model, name, model.get_parameter(name))
         if plan.kept:
             warnings.warn(_kept(plan.kept), stacklevel=2)
@@ -139,8 +141,9 @@ class _Rounding(ConversionOps):
             value = input_dict.pop(name)
             value = value[0] if isinstance(value, list) else value
             if self.quantizer.param_needs_quantization(model, name):
-                self.quantizer.put(model, name, value)
-                (missing_keys or set()).discard(name)
+                gone = self.quantizer.put(model, name, value)
+                if missing_keys is not None:
+                    missing_keys.difference_update(gone)
             else:
                 left[name] = value
         return left
