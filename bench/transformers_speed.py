@@ -5,7 +5,8 @@
 Each NAME=FOLDER is a model; a folder that is not there is made, a random Llama of 1.24 billion weights
 (`random_llama.py`). PYTHON is an interpreter with bitsandbytes installed, which the project does not depend on. Both
 sides load the same folder by `from_pretrained` in a process of their own, alternating, and run the same prompt: prefill
-is `generate` of one token, decoding what further ones take. Peak memory is the process's, mapped files included.
+is `generate` of one token, decoding what further ones take. Peak memory is the process's, pages of the mapped file
+included; held is what is left at the end without those.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from statistics import median
 from typing import Any
 
 OURS, THEIRS = "fewbits", "bitsandbytes"
-FIGURES = ("load", "prefill", "decode", "peak")
+FIGURES = ("load", "prefill", "decode", "peak", "held")
 
 
 def configuration(side: str, args: argparse.Namespace) -> Any:
@@ -63,7 +64,14 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
         seconds = [generated(model, prompt[:, :16], count) for count in (1, 1 + args.tokens)]
     found["decode"] = args.tokens / (seconds[1] - seconds[0])
     found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    found["held"] = held()
     return found
+
+
+def held() -> float:
+    """MB of the process's own memory now: without the pages of files that are mapped, which the system can take back."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
 
 
 def generated(model: Any, prompt: Any, count: int) -> float:
@@ -109,7 +117,7 @@ def main() -> None:
         return
     sides = (OURS, THEIRS) if args.peer else (OURS,)
     figures: dict[str, dict[str, dict[str, float]]] = {}
-    print("model   side           load s  prefill t/s  decode t/s   peak MB")
+    print("model   side           load s  prefill t/s  decode t/s   peak MB    held MB")
     for name, _, folder in (model.partition("=") for model in args.models):
         made(Path(folder))
         runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}

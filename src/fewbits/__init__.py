@@ -16,7 +16,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fewbits.integrations.registering import watch
+from fewbits.integrations.registering import watch_transformers
 
 if TYPE_CHECKING:
     from fewbits import formats
@@ -129,4 +129,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-watch()
+watch_transformers()

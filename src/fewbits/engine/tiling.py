@@ -47,6 +47,7 @@ from fewbits.runtime.tiles import (
     Zeros,
     blocks,
     groups,
+    numbers,
     panels,
 )
 from fewbits.runtime.tiles import (
@@ -105,6 +106,15 @@ def codes_from(format: Format, weight: Tiles) -> Tensor:
     assert isinstance(format, Grouped)
     unsigned = torch.from_numpy(codes_of(weight))
     return (unsigned + grid.first % 256).view(_codes_dtype(format))
+
+
+def scales_from(weight: Tiles) -> Tensor | None:
+    """What the integers of tiles are multiplied by, float32 [rows, groups]; None where it lies in two levels."""
+    if not isinstance(weight.scale, Direct):
+        return None
+    by_row = numbers(weight.scale.values).transpose(0, 2, 1).reshape(-1, weight.scale.values.shape[1])
+    group = min(weight.group, weight.columns)
+    return torch.from_numpy(by_row[: weight.rows, : ceil(weight.columns / group)])
 
 
 def taken(weight: QTensor, rows: slice | Tensor) -> QTensor:

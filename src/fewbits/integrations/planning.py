@@ -80,7 +80,8 @@ def _rules(config: Config, parts: Mapping[str, list[PlanTensor]], roles: Mapping
     projections, of which it holds none, are limited by nothing.
     """
     formats, format, kind = _asked(config)
-    limited = {part.name: kind for name, found in parts.items() for part in found if roles[name] in MATRICES}
+    matrices = [(name, found) for name, found in parts.items() if roles[name] in MATRICES]
+    limited = {part.name: kind for name, found in matrices for part in found if _as_in_files(name, roles[name], part)}
     names = [part.name for found in parts.values() for part in found]
     overrides = (
         *((re.escape(part), None) for part in config.skip),
@@ -94,6 +95,11 @@ def _rules(config: Config, parts: Mapping[str, list[PlanTensor]], roles: Mapping
 
     vocabulary = None if config.vocabulary is None else parse(config.vocabulary)
     return Rules(format=format, admits=admits, vocabulary=vocabulary, overrides=overrides, planned=formats)
+
+
+def _as_in_files(name: str, role: Role, part: PlanTensor) -> bool:
+    """Whether a matrix would have this name in a file; experts that cannot be told apart would not."""
+    return role is Role.LINEAR or part.name != name
 
 
 def _asked(config: Config) -> tuple[Mapping[str, Format] | None, Format, Kind]:

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from fewbits.errors import UnsupportedError
 from fewbits.integrations.config import Config
+from fewbits.integrations.registering import watch_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +45,10 @@ class FewbitsQuantizer(HfQuantizer):
                 "fewbits.Config() says no format, and the checkpoint is not quantized yet; give load_in_4bit=True, "
                 "load_in_8bit=True, a format or a plan"
             )
+        if not self.pre_quantized:
+            from fewbits.integrations.rounding import solver_named
+
+            solver_named(quantization_config.method)
         self.reports: dict[str, TensorReport] = {}
         self._plan: ModelPlan | None = None
         self._stored: Stored | None = None
@@ -56,12 +61,14 @@ class FewbitsQuantizer(HfQuantizer):
 
             if not checkpoint_files:
                 raise UnsupportedError("a quantized model is read from its files, and there are none; give its folder")
-            self._stored = Stored(model, Path(checkpoint_files[0]).parent)
+            with torch.device("cpu"):  # not on the meta device, within which transformers calls this
+                self._stored = Stored(model, Path(checkpoint_files[0]).parent)
             self.pre_quantized = False  # what it leaves to transformers is plain: to be cast as in any model
             return
         from fewbits.integrations.planning import planned
 
-        self._plan = planned(model, self.quantization_config)
+        with torch.device("cpu"):
+            self._plan = planned(model, self.quantization_config)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **more: Any) -> bool:
         return self._plan is not None and param_name in self._plan.chosen
@@ -95,6 +102,7 @@ class FewbitsQuantizer(HfQuantizer):
             self._stored = None
         if self._plan is not None:
             self._finish(model, self._plan)
+        watch_peft()
         model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
         return model
 

@@ -1,4 +1,4 @@
-"""What transformers' registries hold of fewbits. Imported by `registering` once they are there.
+"""What transformers' registries hold of fewbits. `registering` imports it once they are there, which puts it in.
 
 - `fewbits`: folders of our own kind, and `quantization_config=fewbits.Config(…)`.
 - `gptq` and `awq` where the packages are missing that transformers' own quantizers need (optimum and gptqmodel): such
@@ -57,3 +57,6 @@ def _letting_ours_through(known: Callable[[Any, Any], Any]) -> Callable[[Any, An
         return known(quantization_config, quantization_config_from_args)
 
     return merge
+
+
+register()

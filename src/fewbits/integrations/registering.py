@@ -2,56 +2,64 @@
 
 transformers keeps its quantizers in two dictionaries of one module, `transformers.quantizers.auto`. If that module has
 been imported already, ours are put in at once; otherwise when it is: until then a finder waits in `sys.meta_path` that
-answers for this one name, and leaves when it is asked for it. Nothing else of transformers is touched, and where that
-module should move one day, the first use of `fewbits.Config` still registers or says what is missing.
+answers for this one name, and leaves when it is asked for it. In the same way PEFT learns of our layers once a model
+has been loaded into them. No other module's import is touched.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-REGISTRY = "transformers.quantizers.auto"
+BEHIND = {"transformers.quantizers.auto": "fewbits.integrations.registered", "peft": "fewbits.train"}
+"""Somebody else's module -> ours whose import registers with it."""
 
 
-def watch() -> None:
-    """Register as soon as transformers can be registered with."""
-    if REGISTRY in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+def watch_transformers() -> None:
+    """Register our quantizer as soon as there is something to register it with."""
+    _watch("transformers.quantizers.auto")
 
 
-def _register() -> None:
-    from fewbits.integrations.registered import register
+def watch_peft() -> None:
+    """The same for adapters on our layers."""
+    _watch("peft")
 
-    register()
+
+def _watch(name: str) -> None:
+    if name in sys.modules:
+        import_module(BEHIND[name])
+    elif not any(isinstance(finder, Waiting) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, Waiting(name))
 
 
-class _Waiting(MetaPathFinder):
-    """Finds the registry's module as everybody would, to be followed by `_register`."""
+class Waiting(MetaPathFinder):
+    """Finds one module as everybody would, to be followed by the import of ours."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != REGISTRY:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader)
+            spec.loader = _Then(spec.loader, BEHIND[name])
         return spec
 
 
 class _Then(Loader):
-    """Loads with another loader, then registers."""
+    """Loads with another loader, then imports a module."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, behind: str) -> None:
+        self._loader, self._behind = loader, behind
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -60,4 +68,4 @@ class _Then(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _register()
+        import_module(self._behind)

@@ -24,7 +24,7 @@ from fewbits.engine.tiling import taken
 from fewbits.errors import UnsupportedError
 from fewbits.formats import Float, QTensor
 from fewbits.integrations.config import Config
-from fewbits.models import targets_of, unfused
+from fewbits.models import Piece, targets_of, unfused
 from fewbits.nn import PackedExperts, PackedWeight, QuantizedEmbedding, QuantizedLinear, W8A8Linear
 from fewbits.pipeline import FOLDERS
 from fewbits.results import TensorReport
@@ -52,10 +52,17 @@ class Part:
         elif isinstance(self.held, PackedWeight):
             whole = _unpacked(self.held)
             yield whole if self.rows is None else taken(whole, slice(*self.rows))
-        else:
+        elif self.entry.format.rowwise:
             for index in range(len(self.held)):
-                one = _unpacked(self.held.store(index))
-                yield QTensor(one.format, one.codes[None], {key: param[None] for key, param in one.params.items()})
+                yield _stacked([_unpacked(self.held.store(index))])
+        else:
+            yield _stacked([_unpacked(self.held.store(index)) for index in range(len(self.held))])
+
+
+def _stacked(matrices: list[QTensor]) -> QTensor:
+    """Matrices of one format as one tensor [matrices, out_features, in_features]."""
+    params = {key: torch.stack([each.params[key] for each in matrices]) for key in matrices[0].params}
+    return QTensor(matrices[0].format, torch.stack([each.codes for each in matrices]), params)
 
 
 def _unpacked(weight: PackedWeight) -> QTensor:
@@ -163,16 +170,22 @@ def _experts(model: PreTrainedModel, name: str, experts: PackedExperts, kind: Ki
             f"{name} is [experts, in_features, out_features] in the model, and its packed rows go the other way: no "
             "kind of checkpoint holds that; quantize the folder with `fewbits quantize` to have it in a file"
         )
-    try:
-        pieces = unfused(name, (len(experts), *first.shape), model.config.to_dict())
-    except UnsupportedError:
-        pieces = ()
+    pieces = _pieces(model, name, experts)
     if not pieces or set(targets_of(model, {piece.name: None for piece in pieces}).values()) != {name}:
         yield Part(kind.entry(name, (len(experts), *first.shape), first.format), experts, name)
         return
     for piece in pieces:
         assert piece.expert is not None
         yield Part(kind.entry(piece.name, piece.shape, first.format), experts.store(piece.expert), name, piece.rows)
+
+
+def _pieces(model: PreTrainedModel, name: str, experts: PackedExperts) -> tuple[Piece, ...]:
+    """The matrices of a fused parameter; none where they are not known, or their rows cannot be parted."""
+    first = experts.store(0)
+    try:
+        return unfused(name, (len(experts), *first.shape), model.config.to_dict()) if first.format.rowwise else ()
+    except UnsupportedError:
+        return ()
 
 
 def _written(part: Part, writer: Writer, model: PreTrainedModel, kind: Kind) -> TensorReport:

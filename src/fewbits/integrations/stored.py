@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 
@@ -22,12 +23,16 @@ from fewbits.engine.loading import Placement, placements, require_shape, values
 from fewbits.engine.tiled_weight import TiledWeight
 from fewbits.engine.weights import Weight
 from fewbits.errors import CheckpointError, UnsupportedError
+from fewbits.integrations.experts import put_experts
 from fewbits.integrations.placing import put, untied
 from fewbits.integrations.planning import owner
+from fewbits.integrations.stored_experts import packed_experts, packs_experts
 from fewbits.nn import can_replace, replace_w8a8
 
 PLAIN_IN_OURS = r"^(.+)\.weight$", r"\1"
 """Our own kind of checkpoint has the tensor `x` that is not quantized in an array `x.weight`."""
+
+LISTED = 5  # names in a warning
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +54,7 @@ class Stored:
         placed, _ = placements(model, weights, dict(model.state_dict()))
         self._placed = [each for each in placed if any(weight.quantized for _, weight in each.sources)]
         self._packed = {each.target for each in self._placed if _packs(model, each)}
+        self._experts = {each.target for each in self._placed if self._packs_experts(model, each)}
         self._dtypes = {each.target: model.get_parameter(each.target).dtype for each in self._placed}
         entries = [weight.entry.name for each in self._placed for _, weight in each.sources]
         _ignore(model, entries, [each.target for each in self._placed])
@@ -64,6 +70,10 @@ class Stored:
             if placement.target in self._packed:
                 self._pack(model, placement)
                 continue
+            if placement.target in self._experts:
+                module, leaf = owner(model, placement.target)
+                put_experts(module, leaf, packed_experts(placement, self._dtypes[placement.target], model.device))
+                continue
             device = model.get_parameter(placement.target).device
             for name, value in values(model, placement, self._dtypes[placement.target], device).items():
                 require_shape(name, value.shape, self._shapes[name])
@@ -71,7 +81,10 @@ class Stored:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             decoded.append(placement.target)
         if decoded:
-            log.info("decoded, having no packed form in transformers: %s", ", ".join(decoded))
+            warnings.warn(_decoded(decoded), stacklevel=2)
+
+    def _packs_experts(self, model: PreTrainedModel, placement: Placement) -> bool:
+        return packs_experts(*owner(model, placement.target), placement, self._shapes[placement.target])
 
     def _pack(self, model: PreTrainedModel, placement: Placement) -> None:
         name, dtype = placement.target, self._dtypes[placement.target]
@@ -81,6 +94,14 @@ class Stored:
             replace_w8a8(model, name.rpartition(".")[0], weight.multiplied(dtype, model.device))
             return
         put(model, self._sharing[name], TiledWeight.of_packed(weight.packed(dtype, model.device)))
+
+
+def _decoded(names: list[str]) -> str:
+    listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    return (
+        f"fewbits decodes {len(names)} quantized matrices: {listed}; they lie in layers that multiply by "
+        "themselves, and take the memory of the original"
+    )
 
 
 def _packs(model: PreTrainedModel, placement: Placement) -> bool:
