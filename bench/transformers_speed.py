@@ -69,7 +69,7 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
 
 
 def held() -> float:
-    """MB of the process's own memory now: without the pages of files that are mapped, which the system can take back."""
+    """MB of the process's own memory now: without mapped pages of files, which the system can take back."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
 
