@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 import warnings
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ from transformers import (
 import fewbits
 from fewbits.errors import FormatError, UnsupportedError
 from fewbits.formats import format_named
+from fewbits.integrations.quantizer import FewbitsQuantizer
 from fewbits.methods import quantize_tensor
 from fewbits.nn import PackedExperts, QuantizedEmbedding, QuantizedLinear
 from fewbits.runtime.tiles import INPUT_GROUP
@@ -95,6 +99,21 @@ def test_every_linear_layer_but_the_output_is_quantized_while_loading(llama, in_
     assert {report.format for report in in_4_bits.hf_quantizer.reports.values()} == {"int4-g32"}
     assert in_4_bits.is_quantized
     assert in_4_bits.get_memory_footprint() < plain(llama).get_memory_footprint()
+
+
+def test_no_more_than_one_matrix_is_there_in_floating_point(llama, monkeypatch):
+    seen: list[weakref.ref] = []
+    put = FewbitsQuantizer.put
+
+    def counting(self, model, name, w):
+        gc.collect()
+        assert not [ref for ref in seen if ref() is not None]
+        seen.append(weakref.ref(w))
+        return put(self, model, name, w)
+
+    monkeypatch.setattr(FewbitsQuantizer, "put", counting)
+    model = load(llama, load_in_4bit=True)
+    assert len(seen) == len(layers(model, QuantizedLinear)) == 14
 
 
 def test_packed_numbers_are_those_of_the_method(llama, in_4_bits):
@@ -225,6 +244,22 @@ def test_saving_again_takes_the_place_of_older_files(in_4_bits, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_hub_gets_the_same_files(in_4_bits, tmp_path, monkeypatch):
+    hub, uploaded = "transformers.utils.hub", []
+    repository = SimpleNamespace(repo_id="me/out")
+    monkeypatch.setattr(f"{hub}.hf_api", lambda: SimpleNamespace(create_repo=lambda *a, **k: repository))
+    monkeypatch.setattr(f"{hub}.create_and_tag_model_card", lambda *a, **k: SimpleNamespace(save=lambda path: None))
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "_upload_modified_files",
+        lambda self, folder, *a, **k: uploaded.append({p.name: p.read_bytes() for p in Path(folder).iterdir()}),
+    )
+    in_4_bits.save_pretrained(tmp_path / "out", push_to_hub=True)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert uploaded == [written]
+    assert "fewbits.json" in written
+
+
 def test_the_kind_that_was_asked_for_is_written_or_refused(llama, tmp_path):
     load(llama, format="nf4", kind="bitsandbytes").save_pretrained(tmp_path / "bnb")
     quantization = json.loads((tmp_path / "bnb" / "config.json").read_text())["quantization_config"]
@@ -254,7 +289,9 @@ def test_to_quantize_by_gptq_while_loading_is_still_transformers_own(llama):
         AutoModelForCausalLM.from_pretrained(llama, quantization_config=GPTQConfig(bits=4))
 
 
-@pytest.mark.parametrize(("kind", "format"), [("compressed-tensors", "int4-g32"), ("bitsandbytes", "nf4")])
+@pytest.mark.parametrize(
+    ("kind", "format"), [("compressed-tensors", "int4-g32"), ("bitsandbytes", "nf4"), ("bitsandbytes", "llm-int8")]
+)
 def test_a_checkpoint_of_another_tool_by_an_explicit_configuration(llama, tmp_path, kind, format):
     fewbits.quantize(llama, tmp_path / "q", format=format, kind=kind, prove=False)
     model = load(tmp_path / "q")
@@ -266,6 +303,17 @@ def test_rounded_inputs_are_rounded(llama, tmp_path):
     fewbits.quantize(llama, tmp_path / "q", format="int8", inputs="int8-token", prove=False)
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "q")(IDS).logits, fewbits.load(tmp_path / "q")(IDS).logits)
+
+
+def test_what_only_load_adds_is_refused(llama, tmp_path):
+    fewbits.quantize(llama, tmp_path / "q", format="int4-g32", cache="fp8", prove=False)
+    with pytest.raises(UnsupportedError, match="rounds its key-value cache"):
+        load(tmp_path / "q")
+    fewbits.quantize(llama, tmp_path / "a", format="int4-g32", prove=False)
+    adapted = get_peft_model(plain(llama), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "a" / "adapter")
+    with pytest.raises(UnsupportedError, match="has an adapter inside"):
+        load(tmp_path / "a")
 
 
 def test_what_is_quantized_already_is_not_quantized_again(llama, tmp_path):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
 from fewbits.checkpoint import CACHE_SCALES, is_scale, open_checkpoint
+from fewbits.checkpoint.adapter import adapter_inside
 from fewbits.checkpoint.fewbits import Fewbits
 from fewbits.engine.loading import Placement, placements, require_shape, values
 from fewbits.engine.tiled_weight import TiledWeight
@@ -41,6 +42,8 @@ class Stored:
     """The quantized entries of a checkpoint's folder, each with its place in a model that has no weights yet."""
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        if adapter_inside(folder) is not None:
+            raise UnsupportedError(f"{folder}: has an adapter inside; load it by fewbits.load, which adds that")
         kind, reader = open_checkpoint(folder)
         self.renamings = [WeightRenaming(*PLAIN_IN_OURS)] if isinstance(kind, Fewbits) else []
         log.info("%s is read as %s", folder, kind.name)
