@@ -65,6 +65,9 @@ class Stored:
         self._sharing = {name: [name, *untied(model, name)] for name in self._packed}
         for name in (each for names in self._sharing.values() for each in names):
             _take_off(model, name, targets)
+        for name in self._experts:
+            module, leaf = owner(model, name)
+            _without(module, leaf)
 
     def fill(self, model: PreTrainedModel) -> None:
         """Put them in, when transformers has loaded the rest."""
@@ -124,7 +127,14 @@ def _take_off(model: PreTrainedModel, name: str, placed: Collection[str]) -> Non
     module, leaf = owner(model, name)
     bias = f"{name.removesuffix(leaf)}bias"
     if getattr(module, "bias", None) is not None and bias not in placed:
-        raise CheckpointError(f"{model.name_or_path}: {bias} is missing beside its quantized weight; a shard may be")
+        raise CheckpointError(
+            f"{model.name_or_path}: {bias} is missing beside its quantized weight; the file may be damaged"
+        )
+    _without(module, leaf)
+
+
+def _without(module: nn.Module, leaf: str) -> None:
+    """Leave a layer without a parameter until it is filled. It must own nothing else that transformers computes."""
     module._parameters[leaf] = None
     module._is_hf_initialized = True  # type: ignore[assignment]
 
