@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": {"engine", "pipeline"},
 }
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {"report", "server"}
+MAY_IMPORT["integrations"] = set(MAY_IMPORT) - {"report", "server", "evals"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 ANY = {"__init__", "__main__", "cli"}  # the package's own face, and the command line
 

@@ -16,12 +16,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fewbits.integrations.registering import watch_transformers
+
 if TYPE_CHECKING:
     from fewbits import formats
     from fewbits.engine import Engine, load
     from fewbits.errors import FewbitsError
     from fewbits.evals import evaluate
     from fewbits.formats import FORMATS, Format, QTensor, format_named
+    from fewbits.integrations.config import Config
+    from fewbits.integrations.in_place import quantize_
     from fewbits.methods import METHODS, quantize_tensor
     from fewbits.pipeline import Calibration, Merging, imatrix, make_plan, merge, quantize, verify
     from fewbits.pipeline._qat import Qat, train_qat
@@ -45,6 +49,7 @@ _ROOMS = {
     "AdapterTraining": "results",
     "Budget": "plan.planned",
     "Calibration": "pipeline",
+    "Config": "integrations.config",
     "Engine": "engine",
     "Evaluation": "results",
     "FewbitsError": "errors",
@@ -68,6 +73,7 @@ _ROOMS = {
     "make_plan": "pipeline",
     "merge": "pipeline",
     "quantize": "pipeline",
+    "quantize_": "integrations.in_place",
     "quantize_tensor": "methods",
     "train_qat": "pipeline._qat",
     "train_qlora": "pipeline._qlora",
@@ -80,6 +86,7 @@ __all__ = [
     "AdapterTraining",
     "Budget",
     "Calibration",
+    "Config",
     "Engine",
     "Evaluation",
     "FewbitsError",
@@ -103,6 +110,7 @@ __all__ = [
     "make_plan",
     "merge",
     "quantize",
+    "quantize_",
     "quantize_tensor",
     "train_qat",
     "train_qlora",
@@ -119,3 +127,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+watch_transformers()

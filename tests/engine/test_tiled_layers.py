@@ -73,14 +73,14 @@ def test_packed_arrays_are_gone_one_by_one(neox, monkeypatch):
     model = load(neox)
     stores = [weakref.ref(module) for module in model.modules() if isinstance(module, PackedWeight)]
     alive: list[int] = []
-    tiled = tiled_layers._tiled
+    tiled = tiled_layers.tiled_packed
 
-    def counting(store):
+    def counting(packed):
         gc.collect()
         alive.append(sum(ref() is not None for ref in stores))
-        return tiled(store)
+        return tiled(packed)
 
-    monkeypatch.setattr(tiled_layers, "_tiled", counting)
+    monkeypatch.setattr(tiled_layers, "tiled_packed", counting)
     tile_layers(model)
     gc.collect()
     assert len(stores) == 8  # four matrices of two layers

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from fewbits.engine.tiling import tile, tiled
+from fewbits.engine.tiling import tiled_packed
 from fewbits.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear, replace_tiled
 from fewbits.runtime.compiled import compiled
 from fewbits.runtime.products import Products
-from fewbits.runtime.tiles import Weight
 
 _Layer = QuantizedLinear | QuantizedEmbedding
 
@@ -29,7 +28,7 @@ def tile_layers(model: nn.Module, threads: int | None = None) -> None:
         return
     products = Products(threads)
     for names in _sharing(model):
-        matrix = products.matrix(_tiled(_store(model, names[0])))
+        matrix = products.matrix(tiled_packed(_store(model, names[0]).view()))
         for name in names:
             if isinstance(model.get_submodule(name), _Layer):  # one with two names is swapped by its first
                 replace_tiled(model, name, matrix)
@@ -50,11 +49,3 @@ def _store(model: nn.Module, name: str) -> PackedWeight:
     layer = model.get_submodule(name)
     assert isinstance(layer, _Layer)
     return layer.store
-
-
-def _tiled(store: PackedWeight) -> Weight:
-    """The weight in tiles; the whole of it is unpacked only where its rows depend on one another."""
-    packed = store.view()
-    if not packed.format.rowwise:
-        return tiled(packed.unpack())
-    return tile(packed.format, (packed.shape[0], packed.shape[1]), packed.take)

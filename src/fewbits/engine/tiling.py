@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fewbits.formats import Float, Format, Grouped, QTensor
+from fewbits.kernels import Packed
 from fewbits.kernels.threads import workers
 from fewbits.runtime.tiles import (
     BLOCK,
@@ -46,7 +47,11 @@ from fewbits.runtime.tiles import (
     Zeros,
     blocks,
     groups,
+    numbers,
     panels,
+)
+from fewbits.runtime.tiles import (
+    codes as codes_of,
 )
 
 T = TypeVar("T")
@@ -80,6 +85,36 @@ def tile(format: Format, shape: tuple[int, int], read: Read) -> Weight:
     """A matrix of this format and shape in tiles; `read` returns its rows, called from several threads."""
     make = _floats if isinstance(format, Float) or _grid(format) is None else _tiles
     return make(format, shape, read)
+
+
+def tiled_packed(packed: Packed) -> Weight:
+    """A packed matrix in tiles; the whole of it is unpacked only where its rows depend on one another."""
+    if not packed.format.rowwise:
+        return tiled(packed.unpack())
+    return tile(packed.format, (packed.shape[0], packed.shape[1]), packed.take)
+
+
+def multiplies_codes(format: Format) -> bool:
+    """Whether its tiles hold its codes, from which they can be had back (`codes_from`)."""
+    return _grid(format) is not None
+
+
+def codes_from(format: Format, weight: Tiles) -> Tensor:
+    """The codes of a format that tiles were made of, [rows, columns]."""
+    grid = _grid(format)
+    assert grid is not None
+    assert isinstance(format, Grouped)
+    unsigned = torch.from_numpy(codes_of(weight))
+    return (unsigned + grid.first % 256).view(_codes_dtype(format))
+
+
+def scales_from(weight: Tiles) -> Tensor | None:
+    """What the integers of tiles are multiplied by, float32 [rows, groups]; None where it lies in two levels."""
+    if not isinstance(weight.scale, Direct):
+        return None
+    by_row = numbers(weight.scale.values).transpose(0, 2, 1).reshape(-1, weight.scale.values.shape[1])
+    group = min(weight.group, weight.columns)
+    return torch.from_numpy(by_row[: weight.rows, : ceil(weight.columns / group)])
 
 
 def taken(weight: QTensor, rows: slice | Tensor) -> QTensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from fewbits.kernels.embedding import embedding
 from fewbits.kernels.fp8_linear import fp8_linear
 from fewbits.kernels.int8_linear import int8_linear
-from fewbits.kernels.linear import LowRank, linear
+from fewbits.kernels.linear import LowRank, linear, product_dtype
 from fewbits.kernels.packed import Packed
 
-__all__ = ["LowRank", "Packed", "embedding", "fp8_linear", "int8_linear", "linear"]
+__all__ = ["LowRank", "Packed", "embedding", "fp8_linear", "int8_linear", "linear", "product_dtype"]

@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None, low_rank: LowR
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, a, b)):
         found: Tensor = _Product.apply(x, weight, a, b, scale)  # type: ignore[no-untyped-call]
         return found if bias is None else found + bias.to(found.dtype)
-    x = x.to(_dtype(x))
+    x = x.to(product_dtype(x))
     parts = [functional.linear(x, w, None if bias is None else bias[rows]) for rows, w in weight.blocks(x.dtype, BLOCK)]
     y = _joined(parts)
     if low_rank is not None:
@@ -62,7 +62,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Packed, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
         ctx.weight, ctx.scale, ctx.dtype = weight, scale, x.dtype
-        x = x.to(_dtype(x))
+        x = x.to(product_dtype(x))
         y = _joined([functional.linear(x, w) for _, w in weight.blocks(x.dtype, TOGETHER)])
         if a is not None and b is not None:
             ctx.dtypes = a.dtype, b.dtype
@@ -91,8 +91,8 @@ class _Product(torch.autograd.Function):
         return by_x, None, by_a, by_b, None
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """What x is multiplied in."""
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What x is multiplied in: its own type, or autocast's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -5,7 +5,7 @@ Nothing here holds weights or opens weight files.
 
 from __future__ import annotations
 
-from fewbits.models._modules import model_class
+from fewbits.models._modules import model_class, module_roles, targets_of
 from fewbits.models.base import Architecture, Piece, Restored, Role, halved_order, interleaved_order
 from fewbits.models.cache import CacheShape, cache_shape
 from fewbits.models.describe import EMBEDDING, OUTPUT, describe
@@ -49,7 +49,9 @@ __all__ = [
     "interleaved_order",
     "links",
     "model_class",
+    "module_roles",
     "residual",
     "restored_tokenizer",
+    "targets_of",
     "unfused",
 ]

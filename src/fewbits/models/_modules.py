@@ -22,8 +22,8 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 def describe_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """See `fewbits.models.describe`."""
     model = _without_weights(config)
-    targets = _targets(model, shapes)
-    parameters = _module_roles(model)
+    targets = targets_of(model, shapes)
+    parameters = module_roles(model)
     roles = {name: _role(parameters.get(targets[name], Role.OTHER), shape) for name, shape in shapes.items()}
     return Architecture(None, roles, _tied(model, targets))
 
@@ -58,7 +58,7 @@ def model_class(config: Any) -> Any:
     raise UnsupportedError(f"architecture '{config.model_type}': transformers has no model for it")
 
 
-def _targets(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
+def targets_of(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     """Name in the file -> name of the parameter in the model (itself where nothing fits)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -74,7 +74,7 @@ def _targets(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     return targets
 
 
-def _module_roles(model: nn.Module) -> dict[str, Role]:
+def module_roles(model: nn.Module) -> dict[str, Role]:
     """Role of each of the model's parameters and buffers, tied ones under each of their names."""
     output = _or_none(model, "get_output_embeddings")
     experts = {count for key in EXPERT_COUNTS if (count := _config_value(model, key))}

@@ -35,7 +35,7 @@ class PackedWeight(nn.Module):
         self.format, self.shape = format, shape
         self._dtypes = {name: array.dtype for name, array in arrays.items()}
         for name, array in arrays.items():
-            self.register_buffer(name, array.contiguous().view(_BITS[array.dtype.itemsize]))
+            self.register_buffer(name, stored(array))
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
 
     @classmethod
@@ -50,6 +50,14 @@ class PackedWeight(nn.Module):
         """The weight as the kernels take it; shares memory with the buffers."""
         arrays = {name: getattr(self, name).view(dtype) for name, dtype in self._dtypes.items()}
         return Packed(self.format, self.shape, arrays)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None, low_rank: LowRank | None = None) -> Tensor:
+        """x [..., in_features] by the transpose of the weight (`kernels.linear`)."""
+        return linear(x, self.view(), bias, low_rank)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The rows that ids [...] ask for, in `dtype`."""
+        return embedding(ids, self.view(), self.dtype)
 
     def as_parameters(self) -> None:
         """Make the arrays frozen parameters: torch's FSDP shares those out among processes, and buffers it does not.
@@ -70,6 +78,11 @@ class PackedWeight(nn.Module):
         nbytes = self.format.nbytes(self.shape)
         bits_per_weight = 8 * nbytes / (self.shape[0] * self.shape[1])
         return f"{self.format}, {list(self.shape)}, {nbytes:,} bytes, {bits_per_weight:.3g} bits per weight"
+
+
+def stored(array: Tensor) -> Tensor:
+    """An array as a module's buffer: in integers of its width, which no cast of the model changes."""
+    return array.contiguous().view(_BITS[array.dtype.itemsize])
 
 
 class _Quantized(nn.Module):
@@ -96,7 +109,7 @@ class QuantizedLinear(_Quantized):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor, low_rank: LowRank | None = None) -> Tensor:
-        return linear(x, self.store.view(), self.bias, low_rank)
+        return self.store.multiply(x, self.bias, low_rank)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -111,7 +124,7 @@ class QuantizedEmbedding(_Quantized):
         self.padding_idx = padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.store.view(), self.store.dtype)
+        return self.store.look_up(ids)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

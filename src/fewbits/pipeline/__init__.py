@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fewbits.pipeline._calibrate import Calibration
 from fewbits.pipeline._imatrix import imatrix
+from fewbits.pipeline._job import FOLDERS, choose_kind
 from fewbits.pipeline._merge import merge
 from fewbits.pipeline._merge_ways import Merging
 from fewbits.pipeline._plan import make_plan
@@ -12,8 +13,10 @@ from fewbits.pipeline._source import local_folder
 from fewbits.pipeline._verify import errors_of, verify
 
 __all__ = [
+    "FOLDERS",
     "Calibration",
     "Merging",
+    "choose_kind",
     "errors_of",
     "imatrix",
     "local_folder",

@@ -149,8 +149,8 @@ def _params(name: str, params: Scale | Offset) -> dict[str, Array]:
 def decode(weight: Weight) -> NDArray[np.float32]:
     """The numbers, float32 [rows, columns], that a weight stands for: the layout read as it is written above."""
     if isinstance(weight, Floats):
-        w = _by_rows(_numbers(weight.values), weight)
-        return w if weight.scale is None else w * _spread(_numbers(weight.scale.values), weight)
+        w = _by_rows(numbers(weight.values), weight)
+        return w if weight.scale is None else w * _spread(numbers(weight.scale.values), weight)
     u = codes(weight) if weight.table is None else weight.table[codes(weight)]
     centred = u.astype(np.float32) - np.float32(weight.zero)
     scale = _params_of(weight.scale)
@@ -179,7 +179,7 @@ def codes(weight: Tiles) -> NDArray[np.uint8]:
     return steps.reshape(count * PANEL, across * BLOCK)[: weight.rows, : weight.columns]
 
 
-def _numbers(values: Array) -> NDArray[np.float32]:
+def numbers(values: Array) -> NDArray[np.float32]:
     """float32 of any of the three floating-point types; uint16 is bfloat16, the upper half of a float32."""
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
@@ -189,9 +189,9 @@ def _numbers(values: Array) -> NDArray[np.float32]:
 def _params_of(params: Direct | Stepped) -> NDArray[np.float32]:
     """float32 [panels, groups, 16]."""
     if isinstance(params, Stepped):
-        factor = np.repeat(_numbers(params.factor), params.per, axis=1)[:, : params.steps.shape[1]]
+        factor = np.repeat(numbers(params.factor), params.per, axis=1)[:, : params.steps.shape[1]]
         return factor * params.steps.astype(np.float32)
-    return _numbers(params.values)
+    return numbers(params.values)
 
 
 def _by_rows(values: NDArray[np.float32], weight: Weight) -> NDArray[np.float32]:
