@@ -412,7 +412,7 @@ def test_missing_arrays_are_named(folder, name):
         ({"pack_dtype": "int16"}, "words of 'int16'"),
         ({"dynamic": {"-:^m$": {}}}, r"says that it is not quantized \('-:\^m\$'\), but 'm.qweight' is there"),
         ({"dynamic": {"(": {}}}, "no valid expression"),
-        ({"dynamic": {"-:(?i)M": {}}}, "has flags"),
+        ({"dynamic": {"-:(?i)M": {}}}, "says that it is not quantized"),
         ({"dynamic": [1]}, "must have an object"),
         ({"dynamic": {"m": 3}}, "must have an object"),
     ],
