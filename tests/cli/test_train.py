@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import save_model
 
 import fewbits
 from fewbits.cli import main
 from fewbits.cli._curve import curve
+from fewbits.engine import load
 from fewbits.results import LossPoint
 
 TINY = str(Path(fewbits.__file__).parent / "bundled" / "tiny")
@@ -38,11 +40,14 @@ def test_too_little_for_a_curve() -> None:
 
 def test_qat_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "qat", TINY, str(tmp_path / "out"), "--format", "int3-g64", "--data", TEXT]
-    assert main([*arguments, "--steps", "2", "--window", "32", "--batch", "2", "--start", "rtn", "--json"]) == 0
+    how = ["--steps", "2", "--window", "32", "--batch", "2", "--start", "rtn", "--rate", "0.001", "--free-rate", "0"]
+    assert main([*arguments, *how, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["steps"], found["format"], found["start"]) == (2, "int3-g64", "rtn")
     assert found["verified_with"]
     assert main(["verify", str(tmp_path / "out"), "--against", TINY]) == 0
+    norms = [load(path).model.norm.weight for path in (tmp_path / "out", TINY)]
+    assert torch.equal(*norms), "at a free rate of 0 only matrices move"
 
 
 def test_qlora_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,7 @@ def _add_qat(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     how.add_argument("--loss", choices=("divergence", "text"), default="divergence", help="default %(default)s")
     how.add_argument("--hidden", type=float, default=0.0, metavar="WEIGHT", help="of hidden states' errors in the loss")
     how.add_argument("--rate", type=float, help="of weights, in levels a step")
+    how.add_argument("--free-rate", type=float, help="of norms and whatever else stays in floating point, relative")
     _add_steps(how, batch=8, window=256)
     what = parser.add_argument_group("what is written", "as in `fewbits quantize`")
     what.add_argument("--inputs", metavar="FORMAT", help="round inputs of linear layers too: int8-token, int8-static …")
@@ -161,7 +162,7 @@ def _run_qat(args: argparse.Namespace) -> Training:
         teacher=args.teacher,
         seed=args.seed,
         device=args.device,
-        **({} if args.rate is None else {"rate": args.rate}),
+        **{key: rate for key in ("rate", "free_rate") if (rate := getattr(args, key)) is not None},
     )
     with progress_bar() as progress:
         return train_qat(
