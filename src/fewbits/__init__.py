@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from fewbits.evals import evaluate
     from fewbits.formats import FORMATS, Format, QTensor, format_named
     from fewbits.methods import METHODS, quantize_tensor
-    from fewbits.pipeline import Calibration, Merging, imatrix, make_plan, merge, quantize, verify
+    from fewbits.pipeline import Calibration, Merging, convert, imatrix, make_plan, merge, quantize, verify
     from fewbits.pipeline._qat import Qat, train_qat
     from fewbits.pipeline._qlora import Qlora, train_qlora
     from fewbits.plan.planned import Budget
     from fewbits.results import (
         AdapterTraining,
+        Conversion,
         Evaluation,
         ImportanceReport,
         Merge,
@@ -45,6 +46,7 @@ _ROOMS = {
     "AdapterTraining": "results",
     "Budget": "plan.planned",
     "Calibration": "pipeline",
+    "Conversion": "results",
     "Engine": "engine",
     "Evaluation": "results",
     "FewbitsError": "errors",
@@ -60,6 +62,7 @@ _ROOMS = {
     "TensorReport": "results",
     "Training": "results",
     "Verification": "results",
+    "convert": "pipeline",
     "evaluate": "evals",
     "format_named": "formats",
     "formats": "formats",
@@ -80,6 +83,7 @@ __all__ = [
     "AdapterTraining",
     "Budget",
     "Calibration",
+    "Conversion",
     "Engine",
     "Evaluation",
     "FewbitsError",
@@ -95,6 +99,7 @@ __all__ = [
     "TensorReport",
     "Training",
     "Verification",
+    "convert",
     "evaluate",
     "format_named",
     "formats",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fewbits.pipeline._calibrate import Calibration
+from fewbits.pipeline._convert import convert
 from fewbits.pipeline._imatrix import imatrix
 from fewbits.pipeline._merge import merge
 from fewbits.pipeline._merge_ways import Merging
@@ -14,6 +15,7 @@ from fewbits.pipeline._verify import errors_of, verify
 __all__ = [
     "Calibration",
     "Merging",
+    "convert",
     "errors_of",
     "imatrix",
     "local_folder",
