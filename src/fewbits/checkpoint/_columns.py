@@ -252,8 +252,8 @@ def matrix_shape(folder: ArrayFolder, name: str) -> tuple[int, int]:
 
 
 def integers(bits: int, group: int, shape: tuple[int, int], scales: torch.dtype, *, symmetric: bool) -> Affine:
-    """The format of codes in groups of so many columns; one group, which −1 means too, makes a format per row."""
-    if not 0 < group < shape[1]:
+    """The format of codes in groups of so many columns; −1, or more than there are, makes a format per row."""
+    if not 0 < group <= shape[1]:
         return Affine(bits=bits, symmetric=symmetric)
     return Affine(bits=bits, symmetric=symmetric, group=group, group_scale=scales)
 

@@ -22,7 +22,7 @@ from fewbits.formats import Float, Format
 from fewbits.models import Architecture, Piece, describe, gguf_dropped
 from fewbits.pipeline._gguf_source import GgufSource
 from fewbits.pipeline._job import gguf_facts
-from fewbits.pipeline._moves import FP32, Move, Wish, move, smallest_float, with_rounding
+from fewbits.pipeline._moves import FP32, Move, Wish, keeps, move, smallest_float, with_rounding
 from fewbits.pipeline._parts import added_exactly
 from fewbits.pipeline._source import Unscaled, cut, local_folder, open_any, require_ties
 from fewbits.pipeline._stream import Meter, Progress, on_threads
@@ -81,9 +81,12 @@ def prepare(
         asked = smallest_float(reader, pieces)
     wish = Wish(kind, {piece.name for piece in pieces}, asked)
     lossy = _lossy_norms(opened, pieces, allow_rounding)
-    moves = _moves(reader, pieces, wish, allow_rounding, threads, progress)
-    tensors = tuple(_entry(reader, each, kind, imposed=source_kind.inputs is not None) for each in moves)
     scales = _scales(opened, kind)
+    imposed = source_kind.inputs is not None
+    if kind.name != FLOATING and kind.inputs is None and not imposed:
+        _require_inputs(reader, pieces, kind)
+    moves = _moves(reader, pieces, wish, allow_rounding, threads, progress)
+    tensors = tuple(_entry(reader, each, kind, imposed=imposed) for each in moves)
     extras: Mapping[str, tuple[float, ...]] = {}
     config: Mapping[str, Any] = _config(opened, moves)
     beside, dropped = dict[str, dict[str, Any]](), dict[str, str]()
@@ -155,7 +158,7 @@ def _moves(
     moves = on_threads(chosen, pieces, threads)
     refused = [each for each in moves if each.format is None]
     if refused and not rounding:
-        raise UnsupportedError(_refusal(refused, wish.kind))
+        raise UnsupportedError(_refusal(reader, refused, wish.kind))
     return tuple(with_rounding(reader, moves, wish) if refused else moves)
 
 
@@ -163,21 +166,20 @@ def _stored_bytes(reader: Reader, piece: Piece) -> int:
     return reader.entries[piece.source].format.nbytes(piece.shape)
 
 
-def _refusal(refused: Sequence[Move], kind: Kind) -> str:
+def _refusal(reader: Reader, refused: Sequence[Move], kind: Kind) -> str:
     first, more = refused[0], f" and {len(refused) - 1} more" if len(refused) > 1 else ""
     reason = (first.reason or "").removeprefix(f"{first.piece.name}: ")
     return (
         f"{first.piece.name} ({first.before}){more} cannot move to {kind.name} with the same numbers: {reason}. "
-        f"Take --to {_holder(first, kind)}, which holds them, or --allow-rounding, which says what it changes"
+        f"Take --to {_holder(reader, first, kind)}, which holds them, or --allow-rounding, which says what it changes"
     )
 
 
-def _holder(refused: Move, kind: Kind) -> str:
-    """Another kind that holds a tensor as it is, one of nearly the same name first (gptq-v2); else floating point."""
-    piece, before = refused.piece, refused.before
+def _holder(reader: Reader, refused: Move, kind: Kind) -> str:
+    """Another kind that holds a tensor as it is, one of nearly the same name first (gptq-v2), our own last; else hf."""
     others = [other for other in KINDS.values() if other.name not in (kind.name, "gguf")]
-    found = [o.name for o in others if o.admits(o.entry(piece.name, piece.shape, before)) is None]
-    return min(found, key=lambda name: not name.startswith(kind.name), default="hf")
+    found = [other.name for other in others if keeps(reader, refused.piece, other)]
+    return min(found, key=lambda name: (not name.startswith(kind.name), name == "fewbits"), default="hf")
 
 
 def _lossy_norms(reader: Reader, pieces: Sequence[Piece], allow_rounding: bool) -> list[str]:
@@ -193,6 +195,16 @@ def _lossy_norms(reader: Reader, pieces: Sequence[Piece], allow_rounding: bool) 
 
 def _added_exactly(reader: Reader, piece: Piece) -> bool:
     return added_exactly(reader, piece) and (not isinstance(reader, GgufSource) or reader.exact(piece.source))
+
+
+def _require_inputs(reader: Reader, pieces: Sequence[Piece], kind: Kind) -> None:
+    """Raise UnsupportedError where a kind holds a matrix as it is, but cannot say that its inputs are rounded."""
+    for piece in pieces:
+        stored = reader.entries[piece.source]
+        plain = Entry(piece.name, piece.shape, stored.format)
+        trouble = kind.admits(replace(plain, inputs=stored.inputs))
+        if stored.inputs is not None and trouble is not None and kind.admits(plain) is None:
+            raise UnsupportedError(f"{trouble} ({ALONE})")
 
 
 def _entry(reader: Reader, each: Move, kind: Kind, *, imposed: bool) -> Entry:

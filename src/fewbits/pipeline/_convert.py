@@ -22,6 +22,7 @@ import torch
 
 from fewbits.checkpoint import Entry, Writer
 from fewbits.evals import evaluate
+from fewbits.evals.text import LENGTH
 from fewbits.formats import Float, Format, QTensor
 from fewbits.pipeline._conversion import Conversions, prepare
 from fewbits.pipeline._estimate import check_room, source_bytes
@@ -81,7 +82,8 @@ def convert(
     divergence: Evaluation | None = None
     if against is not None or rounds:
         original = job.source if against is None else local_folder(against)
-        divergence = evaluate(job.out, original, text=text, progress=stages.next(MEASURING))
+        length = min(LENGTH, longest(job.reader.config))
+        divergence = evaluate(job.out, original, text=text, length=length, progress=stages.next(MEASURING))
     return Conversion(
         source=str(job.source),
         output=str(job.out),
@@ -95,6 +97,12 @@ def convert(
         divergence=divergence,
         notes=job.notes,
     )
+
+
+def longest(config: Mapping[str, Any]) -> int:
+    """Tokens that a window of the model may have."""
+    text = {**config, **(config.get("text_config") or {})}
+    return int(text.get("max_position_embeddings") or LENGTH)
 
 
 def write(job: Conversions, threads: int, progress: Progress | None) -> list[TensorReport]:

@@ -1,9 +1,9 @@
 """Which format each tensor moves to: the smallest one of the target's that holds its very numbers.
 
-Nothing is decided by names of formats. The candidates are those that the target kind admits at this name and shape, the
-source's own first, then by size; each is tried on the tensor itself, a few rows first and then all, and the first that
-holds every number is taken. So a tensor costs one more reading, and what is written is known to be exact before a byte
-of it is.
+Nothing is decided by names of formats. The candidates are those that the target kind admits at this name and shape: the
+source's own first, then those with its groups, then the others, by size. Each is tried on the tensor itself, a few rows
+first and then all, and the first that holds every number is taken. So a tensor costs one more reading, and what is
+written is known to be exact before a byte of it is.
 
 Matrices stay quantized, or are refused with the reason of the candidate nearest in size; embeddings and the projection
 to the vocabulary, which many kinds keep in floating point, may be decoded, into the smallest type that holds them.
@@ -30,7 +30,7 @@ BF16, FP16, FP32 = Float(torch.bfloat16), Float(torch.float16), Float(torch.floa
 VOCABULARY = (Role.EMBEDDING, Role.OUTPUT)
 TRIED = 1 << 12  # weights that a candidate has to hold before it is tried on all
 MEASURED = 1 << 16  # weights that candidates for rounding are compared on
-LARGER = 1.05  # than the source, at most, is what is rounded to
+LARGER = 1.1  # than the source, at most, is what is rounded to
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def move(reader: Reader, piece: Piece, wish: Wish, stop: Event) -> Move:
             return Move(piece, before, format)
         reasons = [((0, 0), trouble)]  # the numbers fit the format and not the file: a wider format is no answer
         break
-    reason = min(reasons)[1] if reasons else _not_admitted(before, piece, wish)
+    reason = min(reasons, key=lambda each: each[0])[1] if reasons else _not_admitted(before, piece, wish)
     return Move(piece, before, None, reason=reason)
 
 
@@ -88,6 +88,13 @@ def with_rounding(reader: Reader, moves: Sequence[Move], wish: Wish) -> list[Mov
     return made
 
 
+def keeps(reader: Reader, piece: Piece, kind: Kind) -> bool:
+    """Whether a kind holds a piece in its own format."""
+    before = reader.entries[piece.source].format
+    entry = kind.entry(piece.name, piece.shape, before)
+    return kind.admits(entry) is None and _trouble(reader, piece, before, kind, Event()) is None
+
+
 def candidates(before: Format, piece: Piece, wish: Wish) -> Iterator[Format]:
     """Formats that could hold a piece, in the order in which they are tried."""
     every: list[Format]
@@ -99,7 +106,7 @@ def candidates(before: Format, piece: Piece, wish: Wish) -> Iterator[Format]:
     elif wish.format is not None and piece.role not in VOCABULARY:
         every = in_all_scales(wish.format)
     else:
-        every = [f for f in (before, *_by_size(piece.shape)) if _admitted(f, piece, wish)]
+        every = [f for f in (before, *_alike(before, piece.shape)) if _admitted(f, piece, wish)]
         every += [FP16, BF16, FP32] if piece.role in VOCABULARY or not every else []
     return (format for format in dict.fromkeys(every) if _admitted(format, piece, wish))
 
@@ -170,11 +177,12 @@ def _trouble(reader: Reader, piece: Piece, format: Format, kind: Kind, stop: Eve
     return None
 
 
-def _by_size(shape: tuple[int, ...]) -> list[Format]:
-    """Every quantized format in which a tensor of this shape can be, the smallest first."""
+def _alike(before: Format, shape: tuple[int, ...]) -> list[Format]:
+    """Every quantized format in which a tensor of this shape can be: those with the same groups first, then by size."""
     every = dict.fromkeys(scaled for format in FORMATS.values() for scaled in in_all_scales(format))
     fitting = [format for format in every if not isinstance(format, Float) and _fits(format, shape)]
-    return sorted(fitting, key=lambda format: format.nbytes(shape))
+    group = getattr(before, "group", None)
+    return sorted(fitting, key=lambda format: (getattr(format, "group", None) != group, format.nbytes(shape)))
 
 
 def _fits(format: Format, shape: tuple[int, ...]) -> bool:
