@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from fewbits.integrations.config import Config
     from fewbits.integrations.in_place import quantize_
     from fewbits.methods import METHODS, quantize_tensor
-    from fewbits.pipeline import Calibration, Merging, imatrix, make_plan, merge, quantize, verify
+    from fewbits.pipeline import Calibration, Merging, convert, imatrix, make_plan, merge, quantize, verify
     from fewbits.pipeline._qat import Qat, train_qat
     from fewbits.pipeline._qlora import Qlora, train_qlora
     from fewbits.plan.planned import Budget
     from fewbits.results import (
         AdapterTraining,
+        Conversion,
         Evaluation,
         ImportanceReport,
         Merge,
@@ -50,6 +51,7 @@ _ROOMS = {
     "Budget": "plan.planned",
     "Calibration": "pipeline",
     "Config": "integrations.config",
+    "Conversion": "results",
     "Engine": "engine",
     "Evaluation": "results",
     "FewbitsError": "errors",
@@ -65,6 +67,7 @@ _ROOMS = {
     "TensorReport": "results",
     "Training": "results",
     "Verification": "results",
+    "convert": "pipeline",
     "evaluate": "evals",
     "format_named": "formats",
     "formats": "formats",
@@ -87,6 +90,7 @@ __all__ = [
     "Budget",
     "Calibration",
     "Config",
+    "Conversion",
     "Engine",
     "Evaluation",
     "FewbitsError",
@@ -102,6 +106,7 @@ __all__ = [
     "TensorReport",
     "Training",
     "Verification",
+    "convert",
     "evaluate",
     "format_named",
     "formats",

@@ -121,6 +121,50 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class MovedTensor:
+    """A tensor of a conversion's output: its format in the source and now, bytes in both.
+
+    error: relative, ‖w − ŵ‖ / ‖w‖ with w the source's numbers; None where they are the same. reason: why they are not.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    before: str
+    after: str
+    before_bytes: int
+    nbytes: int
+    error: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `fewbits.convert` did, after its proof: every number of the output equals the source's, or is in `rounded`.
+
+    verified_with names the independent decoder that read the output back. divergence: from the source where something
+    was rounded, from another model where one was named; None if nothing was measured. notes: what does not show in the
+    weights, a sentence each.
+    """
+
+    source: str
+    output: str
+    source_kind: str
+    kind: str
+    source_bytes: int
+    output_bytes: int
+    seconds: float
+    verified_with: str | None
+    tensors: tuple[MovedTensor, ...]
+    divergence: Evaluation | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rounded(self) -> tuple[MovedTensor, ...]:
+        """The tensors whose numbers are others than the source's."""
+        return tuple(tensor for tensor in self.tensors if tensor.error is not None)
+
+
+@dataclass(frozen=True)
 class LossPoint:
     """A place of a loss curve, after so many steps: mean loss of the steps before it, and the loss on held-out text."""
 

@@ -214,13 +214,20 @@ def finite(where: str, scale: Tensor) -> Tensor:
 
 def narrowed(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as its bytes; raises UnsupportedError where it is that of rows, in float32, and does not fit."""
-    found = scale.to(dtype)
-    if not torch.equal(found.float(), scale.float()):
-        raise UnsupportedError(
-            f"{name}: its scales, one a row, are no {str(dtype).removeprefix('torch.')} numbers, which these files "
-            "hold; choose a format with groups (such as -g128), or write compressed-tensors or fewbits instead"
-        )
-    return found
+    trouble = narrow_trouble(name, scale, dtype)
+    if trouble is not None:
+        raise UnsupportedError(trouble)
+    return scale.to(dtype)
+
+
+def narrow_trouble(name: str, scale: Tensor, dtype: torch.dtype) -> str | None:
+    """Why a scale does not fit its bytes, if it does not."""
+    if torch.equal(scale.to(dtype).float(), scale.float()):
+        return None
+    return (
+        f"{name}: its scales, one a row, are no {str(dtype).removeprefix('torch.')} numbers, which these files "
+        "hold; choose a format with groups (such as -g128), or write compressed-tensors or fewbits instead"
+    )
 
 
 def zeros_span(rows: range, bits: int) -> tuple[slice, int]:
@@ -245,8 +252,8 @@ def matrix_shape(folder: ArrayFolder, name: str) -> tuple[int, int]:
 
 
 def integers(bits: int, group: int, shape: tuple[int, int], scales: torch.dtype, *, symmetric: bool) -> Affine:
-    """The format of codes in groups of so many columns; one group, which −1 means too, makes a format per row."""
-    if not 0 < group < shape[1]:
+    """The format of codes in groups of so many columns; −1, or more than there are, makes a format per row."""
+    if not 0 < group <= shape[1]:
         return Affine(bits=bits, symmetric=symmetric)
     return Affine(bits=bits, symmetric=symmetric, group=group, group_scale=scales)
 

@@ -43,6 +43,7 @@ METHOD, LAYOUT = "awq", "gemm"
 BESIDE = "quant_config.json"
 OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}  # in that file
 BITS, PER_WORD = 4, 8
+SCALES = (torch.float16, torch.bfloat16)  # of rows what is one of the former
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output of each nibble
 OUTPUTS = ("lm_head", "lm_head.decoder", "cls.predictions.decoder")
 """Names of output projections: a tied one has no entry, yet is a Linear that must not be converted."""
@@ -71,10 +72,11 @@ class Awq(Kind):
         if trouble or isinstance(entry.format, Float):
             return trouble
         format = entry.format
-        if not isinstance(format, Affine) or format.bits != BITS or format.symmetric:
+        held = isinstance(format, Affine) and format.bits == BITS and format.group_scale in SCALES
+        if not isinstance(format, Affine) or not held or format.symmetric:
             return (
                 f"{entry.name}: an awq folder holds 4-bit integers with zero-points, not {format}; choose "
-                "int4-asym-g128, or write compressed-tensors or fewbits instead"
+                "int4-asym-g128 (scales in 16 bits), or write compressed-tensors or fewbits instead"
             )
         if entry.name.removesuffix(WEIGHT) in OUTPUTS:
             return (
@@ -82,6 +84,11 @@ class Awq(Kind):
                 "or fewbits instead"
             )
         return columns.group_trouble("AWQ", entry, format) or columns.words_trouble("AWQ", entry, BITS)
+
+    def number_trouble(self, entry: Entry, part: QTensor) -> str | None:
+        if not isinstance(entry.format, Affine):
+            return None
+        return columns.narrow_trouble(entry.name, part.params["scale"], entry.format.group_scale)
 
     def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
         require_admitted(self, entries)

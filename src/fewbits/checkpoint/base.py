@@ -134,6 +134,10 @@ class Kind(ABC):
         """The same in a checkpoint with entries of these names, where what stands beside an entry matters."""
         return self.admits(entry)
 
+    def number_trouble(self, entry: Entry, part: QTensor) -> str | None:
+        """None if this kind can hold these rows of an entry that it admits, else a sentence that says why not."""
+        return None
+
     def entry(self, name: str, shape: tuple[int, ...], format: Format) -> Entry:
         """An entry as this kind's engine runs it: with rounded inputs, if it rounds those of every matrix."""
         return Entry(name, shape, format, None if isinstance(format, Float) else self.inputs)

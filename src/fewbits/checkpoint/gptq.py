@@ -101,6 +101,15 @@ class Gptq(Kind):
             )
         return columns.group_trouble("GPTQ", entry, integers) or columns.words_trouble("GPTQ", entry, integers.bits)
 
+    def number_trouble(self, entry: Entry, part: QTensor) -> str | None:
+        integers = _integers(entry.format)
+        if integers is None:
+            return None
+        zero = part.params.get("zero")
+        return columns.narrow_trouble(entry.name, part.params["scale"], integers.group_scale) or (
+            None if zero is None else _zero_trouble(entry.name, zero, self.version)
+        )
+
     def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
         require_admitted(self, entries)
         layouts = {e.name: self._layout(e) for e in entries if not isinstance(e.format, Float)}
@@ -189,11 +198,9 @@ class Columns(Layout):
     def encode(self, whole: Arrays) -> dict[str, Tensor]:
         zero = whole.get("zero", torch.full(whole["scale"].shape, self.neutral, dtype=torch.uint8))
         scale = columns.narrowed(self.name, whole["scale"], self.scales)
-        if self.version == 1 and bool((zero == 0).any()):
-            raise UnsupportedError(
-                f"{self.name}: a zero-point is 0, and GPTQ's version 1 stores zero-points less 1, where engines read "
-                "that differently; write gptq-v2 instead, or choose a symmetric format"
-            )
+        trouble = _zero_trouble(self.name, zero, self.version)
+        if trouble is not None:
+            raise UnsupportedError(trouble)
         order = whole.get("order", ActOrder(self.integers).neighbours(self.shape[1]))
         return {
             "qweight": columns.turned(whole["packed"]),
@@ -252,6 +259,16 @@ def _integers(format: Format) -> Affine | None:
     """The integers of a format, if it is made of them."""
     found = format.integers if isinstance(format, ActOrder) else format
     return found if isinstance(found, Affine) else None
+
+
+def _zero_trouble(name: str, zero: Tensor, version: int) -> str | None:
+    """Why this version cannot store these zero-points, if it cannot."""
+    if version != 1 or not bool((zero == 0).any()):
+        return None
+    return (
+        f"{name}: a zero-point is 0, and GPTQ's version 1 stores zero-points less 1, where engines read "
+        "that differently; write gptq-v2 instead, or choose a symmetric format"
+    )
 
 
 def _layout_name(quantization: Mapping[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from typing import Any
 from fewbits.cli import (
     bench,
     chat,
+    convert,
     demo,
     evaluate,
     explain,
@@ -49,6 +50,7 @@ from fewbits.results import as_json
 VERBS = (
     plan,
     quantize,
+    convert,
     train,
     merge,
     verify,

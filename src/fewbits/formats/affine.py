@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewbits.errors import FormatError
 from fewbits.formats._bits import pack_bits, unpack_bits, words
 from fewbits.formats._search import best_affine, best_scale, inverse
 from fewbits.formats.base import Arrays, ArraySpec, Lookup, Params, Scaled
@@ -106,6 +107,17 @@ class Affine(Scaled):
 
     def offset_at(self, params: Params) -> Tensor:
         return super().offset_at(params) if self.symmetric else -params["zero"] * params["scale"]
+
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        params = super().placed(scale, lowest)
+        if self.symmetric:
+            return params
+        zero = (-lowest * inverse(scale)).round_()
+        outside = (zero < 0) | (zero > self.highest)
+        if bool(outside.any()):
+            found = float(zero[outside][0])
+            raise FormatError(f"{self.name}: a zero-point is {found:g}, must be from 0 to {self.highest}")
+        return {**params, "zero": zero}
 
     def pack(self, codes: Tensor, params: Params) -> Arrays:
         unsigned = codes.view(torch.uint8) - self.lowest if self.symmetric else codes  # bytes wrap around

@@ -39,6 +39,7 @@ WIDEST = 1024
 """A group that is wider than its row is filled up with zeros to so many columns at most."""
 SCALE_TYPES = {torch.float16: "", torch.bfloat16: "-bf16", torch.float32: "-fp32"}
 """What a name says of the type of a group's scales."""
+_BITS = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,15 @@ class Grouped(Format):
         groups = columns // self.group
         return {key: p[..., groups] if p.shape[-1] > 1 else p for key, p in params.items()}
 
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        """Params under which levels are multiplied by `scale` and the lowest level stands for `lowest`, both float32
+        in the shape of `groups`: the inverse of `scale_at` and `offset_at`. A format whose levels cannot be moved
+        leaves `lowest` to its scale.
+
+        Raises FormatError where the bytes cannot hold them exactly, or scales are not free (two levels of them).
+        """
+        raise FormatError(f"{self.name}: its scales are made of others above them, and hold no given ones")
+
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         """Params under which the same codes stand for numbers `factor` times as large, as nearly as bytes can hold.
 
@@ -354,6 +364,9 @@ class Scaled(Grouped):
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return {**params, "scale": self.stored(params["scale"] * factor)}
 
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        return {"scale": exactly(scale, self.scale_dtype, f"{self.name}: a scale")}
+
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
@@ -419,6 +432,16 @@ def require_finite(w: Tensor, params: Params, name: str) -> None:
         f"{name}: a scale overflows its stored type (largest weight {float(w.abs().max()):g}); "
         "use a format with wider scales"
     )
+
+
+def exactly(numbers: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """The numbers, float32. Raises FormatError with the first that is none of `dtype`, called `what`."""
+    stored = numbers.to(dtype).float()
+    other = stored != numbers
+    if bool(other.any()):
+        found, nearest = float(numbers[other][0]), float(stored[other][0])
+        raise FormatError(f"{what} is {found:.9g}, must be in {_BITS[dtype]} (the nearest is {nearest:.9g})")
+    return stored
 
 
 def _unsqueezed(params: Params) -> Params:

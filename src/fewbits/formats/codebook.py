@@ -88,6 +88,9 @@ class Codebook(Grouped):
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return self._values(codes).mul_(params["scale"])
 
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        return {"scale": scale}
+
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return {"scale": params["scale"] * factor}
 
@@ -160,6 +163,9 @@ class NormalFloat(Codebook):
     def fit_groups(self, x: Tensor, importance: Tensor | None, *, search: bool) -> Params:
         params = super().fit_groups(x, importance, search=search)
         return self._nested(params["scale"]) if self.double else params
+
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        return Grouped.placed(self, scale, lowest) if self.double else super().placed(scale, lowest)
 
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return params if self.double else super().rescaled(params, factor)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fewbits.formats._blocks import Block, fold, from_half_bytes, half_bytes, unfold
 from fewbits.formats._search import best_scale, inverse
 from fewbits.formats._superblocks import SPAN, ScaledBlocks, signed_peak, stored
-from fewbits.formats.base import Params
+from fewbits.formats.base import Params, exactly
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The sixteen levels (kvalues_iq4nl)."""
@@ -111,6 +111,9 @@ class IQ4_NL(_Uneven, Block):
 
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return _levels(codes).mul_(params["scale"])
+
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        return {"scale": exactly(scale, torch.float16, f"{self.name}: a scale")}
 
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return {"scale": stored(params["scale"] * factor)}

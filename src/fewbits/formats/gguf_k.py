@@ -196,6 +196,9 @@ class Q8_K(Block):
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return codes.float().mul_(params["scale"])
 
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        return {"scale": scale}
+
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return {"scale": params["scale"] * factor}
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from fewbits.formats._bits import pack_bits, unpack_bits
 from fewbits.formats._blocks import Block, from_half_bytes, half_bytes
 from fewbits.formats._search import best_affine, best_scale, inverse
-from fewbits.formats.base import Params
+from fewbits.formats.base import Params, exactly
 
 
 def _stored(**params: Tensor) -> Params:
@@ -92,6 +92,9 @@ class _Centred(_Nibbled):
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return codes.float().sub_(self.zero).mul_(params["scale"])
 
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        return {"scale": exactly(scale, torch.float16, f"{self.name}: a scale")}
+
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return _stored(**{name: p * factor for name, p in params.items()})
 
@@ -146,6 +149,10 @@ class _Offset(_Nibbled):
     def offset_at(self, params: Params) -> Tensor:
         return params["offset"]
 
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        given = {"scale": scale, "offset": lowest}
+        return {key: exactly(param, torch.float16, f"{self.name}: its {key}") for key, param in given.items()}
+
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return _stored(**{name: p * factor for name, p in params.items()})
 
@@ -197,6 +204,9 @@ class Q8_0(Block):
 
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return codes.float().mul_(params["scale"])
+
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        return {"scale": exactly(scale, torch.float16, f"{self.name}: a scale")}
 
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return _stored(**{name: p * factor for name, p in params.items()})

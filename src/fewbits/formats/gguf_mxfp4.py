@@ -42,6 +42,9 @@ class MxFp4Blocks(Block):
     def scale_at(self, params: Params) -> Tensor:
         return NUMBERS.scale_at(params)
 
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        return NUMBERS.placed(scale, lowest)
+
     def plain_groups(self, x: Tensor) -> tuple[Tensor, Params]:
         params = NUMBERS.fit_groups(x, None, search=False)
         return NUMBERS.round_at(x, {key: p.unsqueeze(-1) for key, p in params.items()}), params

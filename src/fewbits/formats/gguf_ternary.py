@@ -53,6 +53,9 @@ class _TernaryBlock(Block):
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return NUMBERS.decode_at(codes, params)
 
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        return NUMBERS.placed(scale, lowest)
+
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return NUMBERS.rescaled(params, factor)
 

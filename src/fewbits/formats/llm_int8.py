@@ -63,6 +63,9 @@ class LlmInt8(Grouped):
     def scale_at(self, params: Params) -> Tensor:
         return params["absmax"] * STEP
 
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        return {"absmax": scale / STEP}
+
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return {"absmax": params["absmax"] * factor}
 

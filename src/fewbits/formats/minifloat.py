@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fewbits.errors import FormatError
 from fewbits.formats._bits import pack_bits, unpack_bits
 from fewbits.formats._search import best_scale, inverse
 from fewbits.formats.base import Arrays, ArraySpec, Grouped, Lookup, Params
@@ -106,6 +107,9 @@ class Fp8(Grouped):
 
     def decode_at(self, codes: Tensor, params: Params) -> Tensor:
         return codes.view(self.dtype).float().mul_(params["scale"])
+
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        return {"scale": scale}
 
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         if self.rows > 1:
@@ -190,6 +194,13 @@ class MxFp4(Fp4Floats):
 
     def scale_at(self, params: Params) -> Tensor:
         return torch.exp2(params["exponent"] - 127)
+
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        exponent = torch.where(scale > 0, scale, 1.0).log2().round_()
+        other = (torch.exp2(exponent) != scale) & (scale != 0)
+        if bool(other.any()):
+            raise FormatError(f"{self.name}: a scale is {float(scale[other][0]):.9g}, must be a power of two")
+        return {"exponent": exponent + 127}
 
     def pack(self, codes: Tensor, params: Params) -> Arrays:
         return {"packed": _pack_nibbles(codes), "scale": params["exponent"].to(torch.uint8)}

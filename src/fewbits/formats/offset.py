@@ -21,7 +21,7 @@ from torch import Tensor
 from fewbits.errors import FormatError
 from fewbits.formats._bits import pack_bits, unpack_bits, words
 from fewbits.formats._search import best_affine, inverse
-from fewbits.formats.base import Arrays, ArraySpec, Params, Scaled
+from fewbits.formats.base import Arrays, ArraySpec, Params, Scaled, exactly
 
 GROUPS = (64, 32, 128)
 
@@ -90,6 +90,10 @@ class Offset(Scaled):
 
     def offset_at(self, params: Params) -> Tensor:
         return params["offset"]
+
+    def placed(self, scale: Tensor, lowest: Tensor) -> Params:
+        offset = exactly(lowest, self.scale_dtype, f"{self.name}: an offset")
+        return {**super().placed(scale, lowest), "offset": offset}
 
     def rescaled(self, params: Params, factor: Tensor) -> Params:
         return self._stored(params["scale"] * factor, params["offset"] * factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fewbits.pipeline._calibrate import Calibration
+from fewbits.pipeline._convert import convert
 from fewbits.pipeline._imatrix import imatrix
 from fewbits.pipeline._job import FOLDERS, choose_kind
 from fewbits.pipeline._merge import merge
@@ -17,6 +18,7 @@ __all__ = [
     "Calibration",
     "Merging",
     "choose_kind",
+    "convert",
     "errors_of",
     "imatrix",
     "local_folder",

@@ -100,7 +100,7 @@ def prepare(
     extras: Mapping[str, tuple[float, ...]] = {}
     dropped: Mapping[str, str] = {}
     if target.name == "gguf":
-        metadata, extras = _gguf_facts(original, reader.config, source, pretokenizer)
+        metadata, extras = gguf_facts(original, reader.config, source, pretokenizer)
         dropped = gguf_dropped(reader.config, {name: entry.shape for name, entry in reader.entries.items()})
     pieces = tuple(cut(target, architecture, reader))
     names = {piece.name for piece in pieces}
@@ -150,7 +150,7 @@ def planned_for(pieces: Sequence[Piece], reader: Reader) -> list[PlanTensor]:
     return [PlanTensor(p.name, p.role.value, p.shape, dtype_of(reader, p.source)) for p in pieces]
 
 
-def _gguf_facts(
+def gguf_facts(
     reader: Reader, config: Mapping[str, Any], source: Path, pretokenizer: str | None
 ) -> tuple[Mapping[str, Any], Mapping[str, tuple[float, ...]]]:
     """A GGUF output's metadata and extra tensors: a GGUF source's own, else what the model's folder says."""

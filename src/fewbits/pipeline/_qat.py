@@ -131,7 +131,7 @@ def train_qat(
             if processes.is_main():
                 done = replace(run, stage=QAT, divergence=trained.after).job(replace(job, finished_by=(QAT,)))
                 reports = write(done, threads or os.cpu_count() or 1, stages.next(WRITING_SHARE / 2))
-                decoder = proven(done, stages.next(WRITING_SHARE / 2)) if prove else None
+                decoder = proven(done.out, done.source, stages.next(WRITING_SHARE / 2)) if prove else None
                 run.journal.remove()
                 result = Training(
                     source=str(job.source),

@@ -119,7 +119,7 @@ def quantize(
         elif ready is not None:
             job = stack.enter_context(solve(job, ready, stages.next(solving.seconds)))
         reports = run(job, threads, stages.next(need.seconds / (2 if prove else 1)))
-        decoder = proven(job, stages.next(need.seconds / 2)) if prove else None
+        decoder = proven(job.out, job.source, stages.next(need.seconds / 2)) if prove else None
     return Quantization(
         source=str(job.source),
         output=str(job.out),
@@ -154,12 +154,12 @@ def automatic(method: str | Recipe | Auto, minutes: float | None) -> tuple[Auto 
     return auto, auto.candidates[0]
 
 
-def proven(job: Job, progress: Progress | None) -> str:
+def proven(out: Path, source: Path, progress: Progress | None) -> str:
     """Verify what was written and return the decoder's name. Raises VerificationError if a tensor is not as meant."""
-    proof = verify(job.out, against=job.source, logits=False, progress=progress)
+    proof = verify(out, against=source, logits=False, progress=progress)
     if not proof.passed:
         raise VerificationError(
-            f"{job.out}: {len(proof.mismatches)} tensors do not read back as meant ({proof.mismatches[0]}); "
+            f"{out}: {len(proof.mismatches)} tensors do not read back as meant ({proof.mismatches[0]}); "
             "do not use this output, and please report it"
         )
     return proof.decoder or "fewbits itself"

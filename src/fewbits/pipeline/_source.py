@@ -14,7 +14,7 @@ from fewbits.checkpoint.activations import is_scale
 from fewbits.checkpoint.adapter import adapter_inside, read_adapter
 from fewbits.checkpoint.gguf import GgufReader
 from fewbits.errors import CheckpointError, UnsupportedError
-from fewbits.formats import Float
+from fewbits.formats import Float, QTensor
 from fewbits.models import Architecture, Piece, Role, gguf_pieces, unfused
 from fewbits.pipeline._adapted import AdaptedReader
 from fewbits.pipeline._gguf_source import GgufSource
@@ -46,6 +46,12 @@ def local_folder(model: str | Path) -> Path:
         ) from error
 
 
+def open_any(path: Path) -> Reader:
+    """A checkpoint in any format, by transformers' names and in its layout."""
+    _, reader = open_checkpoint(path)
+    return GgufSource(reader) if isinstance(reader, GgufReader) else reader
+
+
 def open_source(path: Path) -> Reader:
     """A checkpoint whose weights are still floating point, by transformers' names and in its layout.
 
@@ -59,8 +65,22 @@ def open_source(path: Path) -> Reader:
     rounded = any(is_scale(entry) for entry in reader.entries.values())
     if quantized is not None or rounded or "quantization_config" in reader.config:
         what = f"{quantized.name} is {quantized.format}" if quantized else "config.json has a quantization_config"
-        raise UnsupportedError(f"{path} is quantized already ({what}); quantize from the original checkpoint")
+        raise UnsupportedError(
+            f"{path} is quantized already ({what}); quantize from the original checkpoint. `fewbits convert` moves it "
+            "to another file type without rounding it again, and with `--to hf` writes its weights in floating point"
+        )
     return GgufSource(reader) if isinstance(reader, GgufReader) else reader
+
+
+class Unscaled(Reader):
+    """A checkpoint's parameters: its entries without static scales, which `read` still reads."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.path, self.config, self._reader = reader.path, reader.config, reader
+        self.entries = {name: entry for name, entry in reader.entries.items() if not is_scale(entry)}
+
+    def read(self, name: str, rows: slice | None = None) -> QTensor:
+        return self._reader.read(name, rows)
 
 
 def require_ties(reader: Reader, tied: Mapping[str, str]) -> None:
@@ -81,7 +101,11 @@ def _same_numbers(reader: Reader, name: str, other: str) -> bool:
     if reader.entries[other].shape != shape:
         return False
     slabs = (slice(i, i + COMPARED) for i in range(0, shape[0], COMPARED))
-    return all(torch.equal(reader.read(name, rows).codes, reader.read(other, rows).codes) for rows in slabs)
+    if not all(reader.entries[each].format.rowwise for each in (name, other)):
+        return torch.equal(reader.read(name).dequantize(), reader.read(other).dequantize())
+    return all(
+        torch.equal(reader.read(name, rows).dequantize(), reader.read(other, rows).dequantize()) for rows in slabs
+    )
 
 
 def dtype_of(reader: Reader, name: str) -> torch.dtype:

@@ -9,8 +9,7 @@ Matrices that were solved block by block are copied from the journal.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,15 +17,15 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from fewbits.checkpoint import Entry, Writer
+from fewbits.checkpoint import Entry, Kind, Reader, Writer
 from fewbits.errors import FormatError, LedgerError
 from fewbits.formats import Float, Format, QTensor
 from fewbits.kernels.threads import workers
-from fewbits.models import Piece
+from fewbits.models import Architecture, Piece
 from fewbits.pipeline._job import FP32, Job
 from fewbits.pipeline._memory import give_back_free_memory
 from fewbits.pipeline._solved import Solved, rewritten
@@ -37,13 +36,18 @@ from fewbits.results import Fate, TensorReport
 PART = 1 << 20  # weights quantized at a time: 4 MB as FP32, which an L3 cache holds with its temporaries
 TRIMMED = 64  # parts after which free memory goes back to the system
 
+T = TypeVar("T")
+R = TypeVar("R")
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, label) as work goes on."""
 
 
 def run(job: Job, threads: int, progress: Progress | None) -> tuple[TensorReport, ...]:
     """Stream every piece into the output and commit it with its ledger."""
-    with companions(job) as beside, job.kind.create(job.out, job.entries, beside, job.metadata) as writer:
+    with (
+        companions(job.source, job.beside) as beside,
+        job.kind.create(job.out, job.entries, beside, job.metadata) as writer,
+    ):
         for name, values in job.extras.items():
             writer.write(name, QTensor(FP32, torch.tensor(values), {}))
         for entry in job.scales:
@@ -51,29 +55,37 @@ def run(job: Job, threads: int, progress: Progress | None) -> tuple[TensorReport
         reports = stream(job, writer, threads, progress)
         reports |= {name: _extra_report(job, writer, name) for name in job.extras}
         reports |= {entry.name: _scale_report(job, writer, entry) for entry in job.scales}
-        ledger = account(job, reports)
+        absent = absences(job.architecture, job.dropped)
+        ledger = account([reports[entry.name] for entry in job.entries], absent, job.reader, job.kind)
         writer.commit(ledger_document(job, ledger))
     return ledger
 
 
 @contextmanager
-def companions(job: Job) -> Iterator[Path]:
-    """The folder whose files go along with the weights: the source, or one of the files that were made of it."""
-    if not job.beside:
-        yield job.source
+def companions(source: Path, made: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
+    """The folder whose files go along with the weights: the source, or one of the JSON files that were made of it."""
+    if not made:
+        yield source
         return
     with TemporaryDirectory() as folder:
-        for name, content in job.beside.items():
+        for name, content in made.items():
             Path(folder, name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         yield Path(folder)
 
 
 def stream(job: Job, writer: Writer, threads: int, progress: Progress | None) -> dict[str, TensorReport]:
     """Quantize and write all pieces on `threads` threads. The first error stops them all."""
-    stop, meter = Event(), _Meter(sum(entry.nbytes for entry in job.entries), progress)
+    meter = Meter(sum(entry.nbytes for entry in job.entries), progress)
     largest_first = sorted(job.pieces, key=lambda piece: _numel(piece.shape), reverse=True)
+    reports = on_threads(lambda piece, stop: _convert(job, piece, writer, meter, stop), largest_first, threads)
+    return {report.name: report for report in reports if report is not None}
+
+
+def on_threads(work: Callable[[T, Event], R], items: Sequence[T], threads: int) -> list[R]:
+    """What becomes of each item, worked on by `threads` threads. An error, or Ctrl-C, sets the event for the others."""
+    stop = Event()
     with workers(threads) as pool:
-        tasks = [pool.submit(_convert, job, piece, writer, meter, stop) for piece in largest_first]
+        tasks = [pool.submit(work, item, stop) for item in items]
         try:
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
         except KeyboardInterrupt:
@@ -81,11 +93,10 @@ def stream(job: Job, writer: Writer, threads: int, progress: Progress | None) ->
             raise
         if any(task.exception() for task in done):
             stop.set()
-    reports = [task.result() for task in tasks]
-    return {report.name: report for report in reports if report is not None}
+    return [task.result() for task in tasks]
 
 
-def _convert(job: Job, piece: Piece, writer: Writer, meter: _Meter, stop: Event) -> TensorReport | None:
+def _convert(job: Job, piece: Piece, writer: Writer, meter: Meter, stop: Event) -> TensorReport | None:
     choice = job.plan[piece.name]
     whole = not choice.format.rowwise or not job.method.rowwise
     step = piece.shape[0] if whole and piece.shape else row_step(piece, PART)
@@ -105,7 +116,7 @@ def _convert(job: Job, piece: Piece, writer: Writer, meter: _Meter, stop: Event)
     return _report(job, piece, choice, relative, writer.digests[piece.name])
 
 
-def _copy(job: Job, solved: Solved, piece: Piece, writer: Writer, meter: _Meter, stop: Event) -> TensorReport | None:
+def _copy(job: Job, solved: Solved, piece: Piece, writer: Writer, meter: Meter, stop: Event) -> TensorReport | None:
     """Write a matrix that was solved block by block."""
     choice = job.plan[piece.name]
     step = row_step(piece, PART) if choice.format.rowwise else piece.shape[0]
@@ -164,29 +175,32 @@ def _report(job: Job, piece: Piece, choice: Choice, error: float, digests: Mappi
     )
 
 
-def account(job: Job, reports: Mapping[str, TensorReport]) -> tuple[TensorReport, ...]:
+def absences(architecture: Architecture, dropped: Mapping[str, str]) -> dict[str, TensorReport]:
+    """Lines of the parameters that need no tensor of their own, by name."""
+    found: dict[str, tuple[Fate, str]] = {name: ("dropped", why) for name, why in dropped.items()}
+    found |= {name: ("tied", f"shares the weights of {other}") for name, other in architecture.tied.items()}
+    return {
+        name: TensorReport(name=name, fate=fate, shape=(), format="", nbytes=0, reason=why, source=name)
+        for name, (fate, why) in found.items()
+    }
+
+
+def account(
+    written: Sequence[TensorReport], absent: Mapping[str, TensorReport], reader: Reader, kind: Kind
+) -> tuple[TensorReport, ...]:
     """The ledger: the outputs in file order, then the parameters that are in none, with the reason.
 
     Raises LedgerError if a parameter of the source is nowhere.
     """
-    written = [reports[entry.name] for entry in job.entries]
-    used = defaultdict(list)
-    for report in written:
-        used[report.source].append(report.name)
-    absent = {name: f"shares the weights of {other}" for name, other in job.architecture.tied.items()}
-    unwritten = [_absent_report(name, "tied", why) for name, why in absent.items() if name not in used]
-    unwritten += [_absent_report(n, "dropped", why) for n, why in job.dropped.items() if n not in absent]
-    lost = job.reader.entries.keys() - used.keys() - {report.name for report in unwritten}
+    used = {report.source for report in written}
+    unwritten = [line for name, line in absent.items() if name not in used]
+    lost = reader.entries.keys() - used - absent.keys()
     if lost:
         raise LedgerError(
-            f"{len(lost)} parameters of {job.source} have no place in the output, the first is {min(lost)}; "
-            f"{job.kind.name} files of this architecture cannot hold them"
+            f"{len(lost)} parameters of {reader.path} have no place in the output, the first is {min(lost)}; "
+            f"{kind.name} files of this architecture cannot hold them"
         )
     return (*written, *unwritten)
-
-
-def _absent_report(name: str, fate: Fate, reason: str) -> TensorReport:
-    return TensorReport(name=name, fate=fate, shape=(), format="", nbytes=0, reason=reason, source=name)
 
 
 def _extra_report(job: Job, writer: Writer, name: str) -> TensorReport:
@@ -235,7 +249,7 @@ def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-class _Meter:
+class Meter:
     """Counts bytes from several threads, passes the sum on, and sees to it that memory stays flat meanwhile."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:

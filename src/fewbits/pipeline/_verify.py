@@ -23,12 +23,13 @@ from torch import Tensor
 
 from fewbits.checkpoint import Kind, Reader, ledger_path, open_checkpoint, read_ledger
 from fewbits.models import Piece, describe
-from fewbits.pipeline._source import cut, local_folder, open_source, read_rows, row_step
+from fewbits.pipeline._parts import numbers_of, spans
+from fewbits.pipeline._source import Unscaled, cut, local_folder, open_any, open_source
 from fewbits.pipeline._stacks import compare_logits, logit_limit
 from fewbits.results import Verification
 
 Progress = Callable[[int, int, str], None]
-PART = 1 << 20  # weights compared at a time
+CONVERTED = "convert"  # the method in the ledger of what was converted
 SAME_ERROR = 1e-4
 """Relative difference allowed between two sums of the same squared errors in another order: float32 sums of 2^20 terms
 are good to about 2^-24 · sqrt(2^20) = 6e-5."""
@@ -51,7 +52,8 @@ def verify(
     everything else is listed in `mismatches`.
     """
     out = Path(out)
-    ledger = read_ledger(out)["tensors"]
+    document = read_ledger(out)
+    ledger = document["tensors"]
     kind, reader = open_checkpoint(out)
     mismatches = [*compare_names(ledger, reader), *compare_bytes(ledger, kind.rehash(out))]
     notes: list[str] = []
@@ -60,7 +62,8 @@ def verify(
     else:
         mismatches += compare_decoders(kind, reader, progress)
         if against is not None:
-            mismatches += compare_source(kind, reader, local_folder(against), ledger)
+            compare = compare_converted if document["method"] == CONVERTED else compare_source
+            mismatches += compare(kind, reader, local_folder(against), ledger)
             rewritten = sum(bool(line.get("transformed")) for line in ledger.values())
             if rewritten:
                 notes.append(
@@ -163,13 +166,40 @@ def compare_source(kind: Kind, reader: Reader, source: Path, ledger: Mapping[str
             yield f"{piece.name}: error against the source is {error:.4g}, the ledger says {meant:.4g}"
 
 
+def compare_converted(kind: Kind, reader: Reader, source: Path, ledger: Mapping[str, Any]) -> Iterator[str]:
+    """The same of what was converted, from a source in any format: where nothing was rounded, every number is equal."""
+    original = Unscaled(open_any(source))
+    architecture = describe(original.config, {name: entry.shape for name, entry in original.entries.items()})
+    for piece in cut(kind, architecture, original):
+        line = ledger.get(piece.name)
+        if line is None:
+            yield f"{piece.name}: in the source, but not in the ledger"
+        elif "error" not in line:
+            different = differences(reader, original, piece)
+            if different:
+                yield f"{piece.name}: {different} of its numbers are not the source's"
+        else:
+            error = relative_error(reader, original, piece)
+            if abs(error - line["error"]) > SAME_ERROR * line["error"]:
+                yield f"{piece.name}: error against the source is {error:.4g}, the ledger says {line['error']:.4g}"
+
+
+def differences(reader: Reader, original: Reader, piece: Piece) -> int:
+    """How many numbers of a tensor are not those of its source."""
+    return sum(int((found != w).sum()) for found, w in _beside(reader, original, piece))
+
+
 def relative_error(reader: Reader, original: Reader, piece: Piece) -> float:
-    """‖w − ŵ‖ / ‖w‖ of one tensor, a few rows at a time."""
+    """‖w − ŵ‖ / ‖w‖ of one tensor."""
     squared_error = squared_norm = 0.0
-    ours, step = _Ours(reader), row_step(piece, PART)
-    for start in range(0, piece.shape[0] if piece.shape else 1, step):
-        w = read_rows(original, piece, start, start + step).float()
-        found = ours.rows(piece.name, slice(start, start + step))
+    for found, w in _beside(reader, original, piece):
         squared_error += float(torch.linalg.vector_norm(found - w)) ** 2
         squared_norm += float(torch.linalg.vector_norm(w)) ** 2
     return (squared_error / squared_norm) ** 0.5 if squared_norm else float(squared_error > 0)
+
+
+def _beside(reader: Reader, original: Reader, piece: Piece) -> Iterator[tuple[Tensor, Tensor]]:
+    """The output's numbers and the source's, a few rows at a time."""
+    ours = _Ours(reader)
+    for rows in spans(piece, original.entries[piece.source].format):
+        yield ours.rows(piece.name, slice(rows.start, rows.stop)), numbers_of(original, piece, rows)
