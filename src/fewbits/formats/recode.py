@@ -1,7 +1,7 @@
 """The same numbers in another format, or why there are none: no weight is rounded on the way.
 
 A code of most formats stands for  scale · level + offset,  with levels from a short list. Two formats hold the same
-numbers where one's scale, times a whole ratio of the steps between levels, is a scale that the other's bytes can hold
+numbers where one's scale, times the ratio of the steps between levels, is a scale that the other's bytes can hold
 (`Grouped.placed`), where its offset is too (a zero-point within the codes, −z·s in the type of offsets), and where the
 levels that occur are among the other's. Groups need not be alike: what the other format lets share a scale must have
 one. Nothing here knows formats by name; what each can hold is said by its own file.
@@ -12,8 +12,6 @@ params; all of it packed and unpacked again. What comes out either equals what w
 """
 
 from __future__ import annotations
-
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -94,8 +92,8 @@ def _of_largest(pair: tuple[Tensor, Tensor], format: Grouped) -> tuple[Tensor, T
 
 def _ratios(source: Format, target: Format) -> list[float]:
     """What the source's scale may be multiplied by: 1, and the ratio of the steps that the levels are multiples of."""
-    steps = _step(source), _step(target)
-    return list(dict.fromkeys(chain((1.0,), () if None in steps else (steps[0] / steps[1],))))  # type: ignore[operator]
+    ours, theirs = _step(source), _step(target)
+    return [1.0] if ours is None or theirs is None or ours == theirs else [1.0, ours / theirs]
 
 
 def _step(format: Format) -> float | None:
