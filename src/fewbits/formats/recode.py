@@ -1,7 +1,7 @@
 """The same numbers in another format, or why there are none: no weight is rounded on the way.
 
 A code of most formats stands for  scale · level + offset,  with levels from a short list. Two formats hold the same
-numbers where one's scale, times a whole ratio of the steps between levels, is a scale that the other's bytes can hold
+numbers where one's scale, times the ratio of the steps between levels, is a scale that the other's bytes can hold
 (`Grouped.placed`), where its offset is too (a zero-point within the codes, −z·s in the type of offsets), and where the
 levels that occur are among the other's. Groups need not be alike: what the other format lets share a scale must have
 one. Nothing here knows formats by name; what each can hold is said by its own file.
@@ -13,13 +13,11 @@ params; all of it packed and unpacked again. What comes out either equals what w
 
 from __future__ import annotations
 
-from itertools import chain
-
 import torch
 from torch import Tensor
 
 from fewbits.errors import FormatError
-from fewbits.formats.base import Format, Grouped, QTensor
+from fewbits.formats.base import Format, Group, Grouped, QTensor
 from fewbits.formats.floats import Float
 
 
@@ -56,28 +54,46 @@ def _in_floating_point(q: QTensor, format: Float) -> QTensor:
 
 
 def _by_group(q: QTensor, numbers: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """The scale of q, and the number of its lowest level, for each group of `format`.
-
-    Where several scales meet in one group it is the largest; whether all its numbers can have that one is seen later. A
-    group of zeros needs none.
-    """
+    """The scale of q, and the number of its lowest level, for each group of `format`; of a group of zeros, zeros."""
     source, levels = q.format, q.format.levels
     if not isinstance(source, Grouped) or levels is None:
         raise FormatError(f"{source.name} is not in groups of neighbours, which {format.name} is")
     if not isinstance(format, Grouped) or format.levels is None:
         raise FormatError(f"{format.name} has no groups of neighbours that share a scale")
-    params = source.at_columns(q.params, torch.arange(q.shape[-1], device=q.codes.device))
+    nested = _nested(source.group, format.group)
+    step = format.group if nested and isinstance(format.group, int) else q.shape[-1] if nested else 1
+    params = source.at_columns(q.params, torch.arange(0, q.shape[-1], step, device=q.codes.device))
     scale, offset = source.scale_at(params), source.offset_at(params)
-    wide = [format.grouped(x.expand(q.shape)) for x in (scale, levels[0].to(scale.device) * scale + offset)]
-    largest, empty = wide[0].abs().argmax(-1, keepdim=True), ~format.grouped(numbers).any(-1)
-    scale, lowest = (x.gather(-1, largest).squeeze(-1).masked_fill(empty, 0.0) for x in wide)
-    return scale, lowest
+    found = scale, levels[0].to(scale.device) * scale + offset
+    found = _expanded(found, format.groups(q.shape)) if nested else _of_largest(_expanded(found, q.shape), format)
+    empty = ~format.grouped(numbers).any(-1)
+    return found[0].masked_fill(empty, 0.0), found[1].masked_fill(empty, 0.0)
+
+
+def _nested(source: Group, target: Group) -> bool:
+    """Whether every group of the target lies within one of the source, whose scale the first of its columns has."""
+    if target == "tensor":
+        return False
+    return not isinstance(source, int) or (isinstance(target, int) and source % target == 0)
+
+
+def _expanded(pair: tuple[Tensor, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return pair[0].expand(shape), pair[1].expand(shape)
+
+
+def _of_largest(pair: tuple[Tensor, Tensor], format: Grouped) -> tuple[Tensor, Tensor]:
+    """Of what each column has, that of the largest scale in a group; whether all its numbers can have that one is seen
+    later.
+    """
+    scale, lowest = (format.grouped(x) for x in pair)
+    largest = scale.abs().argmax(-1, keepdim=True)
+    return scale.gather(-1, largest).squeeze(-1), lowest.gather(-1, largest).squeeze(-1)
 
 
 def _ratios(source: Format, target: Format) -> list[float]:
     """What the source's scale may be multiplied by: 1, and the ratio of the steps that the levels are multiples of."""
-    steps = _step(source), _step(target)
-    return list(dict.fromkeys(chain((1.0,), () if None in steps else (steps[0] / steps[1],))))  # type: ignore[operator]
+    ours, theirs = _step(source), _step(target)
+    return [1.0] if ours is None or theirs is None or ours == theirs else [1.0, ours / theirs]
 
 
 def _step(format: Format) -> float | None:

@@ -23,7 +23,7 @@ import torch
 from fewbits.checkpoint import Entry, Writer
 from fewbits.evals import evaluate
 from fewbits.evals.text import LENGTH
-from fewbits.formats import Float, Format, QTensor
+from fewbits.formats import Format, QTensor
 from fewbits.pipeline._conversion import Conversions, prepare
 from fewbits.pipeline._estimate import check_room, source_bytes
 from fewbits.pipeline._moves import FP32, Move, rounded
@@ -82,7 +82,7 @@ def convert(
     divergence: Evaluation | None = None
     if against is not None or rounds:
         original = job.source if against is None else local_folder(against)
-        length = min(LENGTH, longest(job.reader.config))
+        length = min(LENGTH, _context(job.reader.config))
         divergence = evaluate(job.out, original, text=text, length=length, progress=stages.next(MEASURING))
     return Conversion(
         source=str(job.source),
@@ -99,7 +99,7 @@ def convert(
     )
 
 
-def longest(config: Mapping[str, Any]) -> int:
+def _context(config: Mapping[str, Any]) -> int:
     """Tokens that a window of the model may have."""
     text = {**config, **(config.get("text_config") or {})}
     return int(text.get("max_position_embeddings") or LENGTH)
@@ -130,7 +130,7 @@ def _written(job: Conversions, place: tuple[Move, Entry], writer: Writer, meter:
             break
         if each.rounded:
             numbers = numbers_of(job.reader, each.piece, rows)
-            part = _rounded(numbers, entry.format)
+            part = rounded(numbers, entry.format)
             squared_error += float(torch.linalg.vector_norm(part.dequantize() - numbers)) ** 2
             squared_norm += float(torch.linalg.vector_norm(numbers)) ** 2
         else:
@@ -139,10 +139,6 @@ def _written(job: Conversions, place: tuple[Move, Entry], writer: Writer, meter:
         meter.add(part.nbytes, entry.name)
     error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
     return _line(job, each, entry, error if each.rounded else None, writer.digests.get(entry.name, {}))
-
-
-def _rounded(numbers: torch.Tensor, format: Format) -> QTensor:
-    return QTensor(format, format.round(numbers, {}), {}) if isinstance(format, Float) else rounded(numbers, format)
 
 
 def _line(job: Conversions, each: Move, entry: Entry, error: float | None, digests: Mapping[str, str]) -> TensorReport:

@@ -142,14 +142,14 @@ def rounded(numbers: torch.Tensor, format: Format) -> QTensor:
 
 def smallest_float(reader: Reader, pieces: Collection[Piece]) -> Float:
     """The smallest of BF16, FP16 and FP32 that holds every number of the model."""
-    floating = [piece for piece in pieces if not is_integer(reader, piece)]
+    floating = [piece for piece in pieces if not _is_integer(reader, piece)]
     for format in (BF16, FP16):
         if all(_holds(reader, piece, format) for piece in floating):
             return format
     return FP32
 
 
-def is_integer(reader: Reader, piece: Piece) -> bool:
+def _is_integer(reader: Reader, piece: Piece) -> bool:
     """Whether a piece is a buffer of integers, which has no format but its own."""
     format = reader.entries[piece.source].format
     return isinstance(format, Float) and not format.dtype.is_floating_point

@@ -62,7 +62,7 @@ def verify(
     else:
         mismatches += compare_decoders(kind, reader, progress)
         if against is not None:
-            compare = compare_converted if document["method"] == CONVERTED else compare_source
+            compare = compare_converted if document.get("method") == CONVERTED else compare_source
             mismatches += compare(kind, reader, local_folder(against), ledger)
             rewritten = sum(bool(line.get("transformed")) for line in ledger.values())
             if rewritten:
