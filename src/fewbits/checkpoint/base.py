@@ -117,6 +117,8 @@ class Kind(ABC):
     """The library, not ours, that `foreign` decodes with."""
     inputs: ClassVar[ActivationFormat | None] = None
     """What its engine rounds the inputs of every quantized matrix to; None where an entry may choose."""
+    written: ClassVar[bool] = True
+    """Whether fewbits writes it, or only reads it."""
 
     @abstractmethod
     def detect(self, path: Path) -> bool:

@@ -52,6 +52,7 @@ class ModelOpt(Kind):
 
     name = "modelopt"
     summary = "safetensors folder of NVFP4 by NVIDIA's ModelOpt (read only): vLLM, SGLang, TensorRT-LLM"
+    written = False
 
     def detect(self, path: Path) -> bool:
         try:

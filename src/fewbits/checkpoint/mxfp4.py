@@ -41,6 +41,7 @@ class Mxfp4(Kind):
 
     name = "mxfp4"
     summary = "safetensors folder of gpt-oss with experts in MXFP4 (read only): transformers and vLLM"
+    written = False
     decoder = "transformers"
 
     def detect(self, path: Path) -> bool:

@@ -29,7 +29,7 @@ from fewbits.pipeline._stream import Meter, Progress, on_threads
 from fewbits.plan.rules import parse
 
 FLOATING = "huggingface"
-NAMES = {name: name for name in KINDS if name != FLOATING} | {"hf": FLOATING}
+NAMES = {name: name for name, kind in KINDS.items() if kind.written and name != FLOATING} | {"hf": FLOATING}
 """What `--to` takes, and the kind that it means."""
 SHORT = {"f32": "fp32", "f16": "fp16"}
 ALONE = "--to hf writes its weights alone"
@@ -177,7 +177,7 @@ def _refusal(reader: Reader, refused: Sequence[Move], kind: Kind) -> str:
 
 def _holder(reader: Reader, refused: Move, kind: Kind) -> str:
     """Another kind that holds a tensor as it is, one of nearly the same name first (gptq-v2), our own last; else hf."""
-    others = [other for other in KINDS.values() if other.name not in (kind.name, "gguf")]
+    others = [other for other in KINDS.values() if other.written and other.name not in (kind.name, "gguf")]
     found = [other.name for other in others if keeps(reader, refused.piece, other)]
     return min(found, key=lambda name: (not name.startswith(kind.name), name == "fewbits"), default="hf")
 
