@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fewbits.formats import FORMATS, Format, QTensor, format_named
     from fewbits.methods import METHODS, quantize_tensor
     from fewbits.pipeline import Calibration, Merging, imatrix, make_plan, merge, quantize, verify
+    from fewbits.pipeline._onnx import export_onnx
     from fewbits.pipeline._qat import Qat, train_qat
     from fewbits.pipeline._qlora import Qlora, train_qlora
     from fewbits.plan.planned import Budget
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         Evaluation,
         ImportanceReport,
         Merge,
+        OnnxExport,
         Quantization,
         TensorReport,
         Training,
@@ -53,6 +55,7 @@ _ROOMS = {
     "Length": "train",
     "Merge": "results",
     "Merging": "pipeline",
+    "OnnxExport": "results",
     "QTensor": "formats",
     "Qat": "pipeline._qat",
     "Qlora": "pipeline._qlora",
@@ -61,6 +64,7 @@ _ROOMS = {
     "Training": "results",
     "Verification": "results",
     "evaluate": "evals",
+    "export_onnx": "pipeline._onnx",
     "format_named": "formats",
     "formats": "formats",
     "imatrix": "pipeline",
@@ -88,6 +92,7 @@ __all__ = [
     "Length",
     "Merge",
     "Merging",
+    "OnnxExport",
     "QTensor",
     "Qat",
     "Qlora",
@@ -96,6 +101,7 @@ __all__ = [
     "Training",
     "Verification",
     "evaluate",
+    "export_onnx",
     "format_named",
     "formats",
     "imatrix",

@@ -172,7 +172,7 @@ def _pack_into(model: nn.Module, placement: Placement, dtype: torch.dtype, targe
         return False
     if not can_replace(model.get_submodule(module_name)):
         return False
-    _require_shape(placement.target, weight.entry.shape, model.get_parameter(placement.target).shape)
+    require_shape(placement.target, weight.entry.shape, model.get_parameter(placement.target).shape)
     replace(model, module_name, weight.packed(dtype, target.device))
     return True
 
@@ -186,7 +186,7 @@ def _multiply_in(model: nn.Module, placement: Placement, dtype: torch.dtype, tar
             f"{placement.target}: its inputs are to be rounded to {weight.entry.inputs}, but it is fused with others "
             "in the running model; quantize its weight alone"
         )
-    _require_shape(placement.target, weight.entry.shape, model.get_parameter(placement.target).shape)
+    require_shape(placement.target, weight.entry.shape, model.get_parameter(placement.target).shape)
     replace_w8a8(model, module_name, weight.multiplied(dtype, target.device))
 
 
@@ -223,7 +223,7 @@ def values(
 def assign(model: nn.Module, name: str, value: Tensor, expected: Mapping[str, Tensor]) -> None:
     if name not in expected:
         raise CheckpointError(f"{name}: made from the checkpoint's entries, but the model has no such parameter")
-    _require_shape(name, value.shape, expected[name].shape)
+    require_shape(name, value.shape, expected[name].shape)
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     if leaf in module._buffers:
@@ -316,7 +316,7 @@ def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _require_shape(name: str, found: Iterable[int], needed: Iterable[int]) -> None:
+def require_shape(name: str, found: Iterable[int], needed: Iterable[int]) -> None:
     if list(found) != list(needed):
         raise CheckpointError(
             f"{name} is {list(found)} in the checkpoint, but config.json asks for {list(needed)}; "
