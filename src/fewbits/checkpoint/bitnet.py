@@ -39,10 +39,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fewbits.checkpoint._arrays import CONFIG, ArrayFolder, Located, read_json
+from fewbits.checkpoint._quantized_folder import QuantizedFolder
 from fewbits.checkpoint._writer import FolderWriter
 from fewbits.checkpoint.activations import EMBEDDING, EXPERT, WEIGHT, activation_trouble
-from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
-from fewbits.checkpoint.huggingface import float_trouble, quantization_of, require_admitted, rows_by_the_library
+from fewbits.checkpoint.base import FOREIGN_PART, Entry, Reader, Writer, row_slabs
+from fewbits.checkpoint.huggingface import quantization_of, require_admitted, rows_by_the_library
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import ACTIVATIONS, ArraySpec, Float, QTensor, Ternary, format_named
 
@@ -57,29 +58,19 @@ OUTPUTS = ("lm_head", "lm_head.decoder", "cls.predictions.decoder")
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class BitNet(Kind):
+class BitNet(QuantizedFolder):
     """Holds ternary matrices with one scale each, whose layers round their inputs to INT8."""
 
-    name = "bitnet"
+    name = method = METHOD
     summary = "safetensors folder of ternary matrices: transformers' BitNet layers"
     decoder = "transformers"
     inputs = INPUTS
 
-    def detect(self, path: Path) -> bool:
-        try:
-            return quantization_of(read_json(path / CONFIG)).get("quant_method") == METHOD
-        except CheckpointError:
-            return False
-
     def open(self, path: Path) -> Reader:
         return BitNetReader(path)
 
-    def admits(self, entry: Entry) -> str | None:
-        if isinstance(entry.format, Float):
-            trouble = activation_trouble(entry)
-            return f"{entry.name}: {trouble}" if trouble else float_trouble(entry)
-        trouble = _format_trouble(entry) or _name_trouble(entry) or activation_trouble(entry)
-        return f"{entry.name}: {trouble}" if trouble else None
+    def trouble(self, entry: Entry) -> str | None:
+        return _format_trouble(entry) or _name_trouble(entry) or activation_trouble(entry)
 
     def admits_beside(self, entry: Entry, names: Collection[str]) -> str | None:
         bias = entry.name.removesuffix(WEIGHT) + ".bias"

@@ -41,11 +41,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fewbits.checkpoint._arrays import CONFIG, ArrayFolder, Located, read_json
+from fewbits.checkpoint._quantized_folder import QuantizedFolder
 from fewbits.checkpoint._writer import FolderWriter
-from fewbits.checkpoint.activations import EMBEDDING, EXPERT, WEIGHT, activation_trouble
-from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
+from fewbits.checkpoint.activations import EMBEDDING, EXPERT, WEIGHT
+from fewbits.checkpoint.base import FOREIGN_PART, Entry, Reader, Writer, row_slabs
 from fewbits.checkpoint.bitnet import OUTPUTS, patterns
-from fewbits.checkpoint.huggingface import float_trouble, quantization_of, require_admitted, rows_by_the_library
+from fewbits.checkpoint.huggingface import quantization_of, require_admitted, rows_by_the_library
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import ArraySpec, Float, Format, QTensor
 from fewbits.formats.codebook import Codebook, Fp4, NormalFloat
@@ -62,28 +63,21 @@ SAME = 1e-6  # how far a table may be off: bitsandbytes' own measure of equal st
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class BitsAndBytes(Kind):
+class BitsAndBytes(QuantizedFolder):
     """Holds NF4, FP4 and LLM.int8()."""
 
     name = METHOD
     summary = "safetensors folder of 4-bit or 8-bit matrices: transformers with bitsandbytes, PEFT"
     decoder = METHOD if find_spec("bitsandbytes") else None
 
-    def detect(self, path: Path) -> bool:
-        try:
-            return _is_ours(quantization_of(read_json(path / CONFIG)))
-        except CheckpointError:
-            return False
+    def recognises(self, path: Path) -> bool:
+        return _is_ours(quantization_of(read_json(path / CONFIG)))
 
     def open(self, path: Path) -> Reader:
         return BitsAndBytesReader(path)
 
-    def admits(self, entry: Entry) -> str | None:
-        if isinstance(entry.format, Float):
-            trouble = activation_trouble(entry)
-            return f"{entry.name}: {trouble}" if trouble else float_trouble(entry)
-        trouble = _format_trouble(entry) or _name_trouble(entry)
-        return f"{entry.name}: {trouble}" if trouble else None
+    def trouble(self, entry: Entry) -> str | None:
+        return _format_trouble(entry) or _name_trouble(entry)
 
     def file_bytes(self, format: Format, shape: tuple[int, ...]) -> int:
         if isinstance(format, Float):

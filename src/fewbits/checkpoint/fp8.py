@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint._arrays import CONFIG, ArrayFolder, read_json
+from fewbits.checkpoint._quantized_folder import QuantizedFolder
 from fewbits.checkpoint._writer import FolderWriter
-from fewbits.checkpoint.activations import EMBEDDING, EXPERT, WEIGHT, activation_trouble
-from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
+from fewbits.checkpoint.activations import EMBEDDING, EXPERT, WEIGHT
+from fewbits.checkpoint.base import FOREIGN_PART, Entry, Reader, Writer, row_slabs
 from fewbits.checkpoint.bitnet import OUTPUTS, patterns
-from fewbits.checkpoint.huggingface import float_trouble, quantization_of, require_admitted, rows_by_the_library
+from fewbits.checkpoint.huggingface import quantization_of, require_admitted, rows_by_the_library
 from fewbits.errors import CheckpointError, UnsupportedError
 from fewbits.formats import ArraySpec, Float, Format, QTensor
 from fewbits.formats.minifloat import Fp8
@@ -48,28 +49,18 @@ STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
 log = logging.getLogger(__name__)
 
 
-class FineGrainedFp8(Kind):
+class FineGrainedFp8(QuantizedFolder):
     """Holds FP8 E4M3 with a scale per block of 128×128."""
 
-    name = "fp8"
+    name = method = METHOD
     summary = "safetensors folder of FP8 matrices in blocks: transformers, vLLM, SGLang"
     decoder = "transformers"
-
-    def detect(self, path: Path) -> bool:
-        try:
-            return quantization_of(read_json(path / CONFIG)).get("quant_method") == METHOD
-        except CheckpointError:
-            return False
 
     def open(self, path: Path) -> Reader:
         return Fp8Reader(path)
 
-    def admits(self, entry: Entry) -> str | None:
-        if isinstance(entry.format, Float):
-            trouble = activation_trouble(entry)
-            return f"{entry.name}: {trouble}" if trouble else float_trouble(entry)
-        trouble = _format_trouble(entry) or _name_trouble(entry)
-        return f"{entry.name}: {trouble}" if trouble else None
+    def trouble(self, entry: Entry) -> str | None:
+        return _format_trouble(entry) or _name_trouble(entry)
 
     def file_bytes(self, format: Format, shape: tuple[int, ...]) -> int:
         return super().file_bytes(BLOCKS if format == WHOLE else format, shape)

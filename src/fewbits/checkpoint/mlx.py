@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint._arrays import CONFIG, ArrayFolder, read_json
+from fewbits.checkpoint._quantized_folder import QuantizedFolder
 from fewbits.checkpoint._writer import FolderWriter
-from fewbits.checkpoint.activations import EXPERT, WEIGHT, activation_trouble
-from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
-from fewbits.checkpoint.huggingface import float_trouble, require_admitted, rows_by_the_library
+from fewbits.checkpoint.activations import EXPERT, WEIGHT
+from fewbits.checkpoint.base import FOREIGN_PART, Entry, Reader, Writer, row_slabs
+from fewbits.checkpoint.huggingface import require_admitted, rows_by_the_library
 from fewbits.errors import CheckpointError, FormatError
 from fewbits.formats import ArraySpec, Float, Format, QTensor
 from fewbits.formats.offset import GROUPS, Offset
@@ -43,28 +44,21 @@ SCALES, BIASES = ".scales", ".biases"
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Mlx(Kind):
+class Mlx(QuantizedFolder):
     """Holds integers with a scale and an offset per group."""
 
     name = "mlx"
     summary = "quantized safetensors folder: mlx-lm, LM Studio on Apple's machines"
     decoder = "mlx" if find_spec("mlx") else None
 
-    def detect(self, path: Path) -> bool:
-        try:
-            return _sizes(read_json(path / CONFIG)) is not None
-        except CheckpointError:
-            return False
+    def recognises(self, path: Path) -> bool:
+        return _sizes(read_json(path / CONFIG)) is not None
 
     def open(self, path: Path) -> Reader:
         return MlxReader(path)
 
-    def admits(self, entry: Entry) -> str | None:
-        if isinstance(entry.format, Float):
-            trouble = activation_trouble(entry)
-            return f"{entry.name}: {trouble}" if trouble else float_trouble(entry)
-        trouble = _format_trouble(entry) or _name_trouble(entry)
-        return f"{entry.name}: {trouble}" if trouble else None
+    def trouble(self, entry: Entry) -> str | None:
+        return _format_trouble(entry) or _name_trouble(entry)
 
     def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
         require_admitted(self, entries)

@@ -30,10 +30,11 @@ from typing import Any
 import torch
 
 from fewbits.checkpoint._arrays import CONFIG, ArrayFolder, Located, read_json
+from fewbits.checkpoint._quantized_folder import ReadFolder
 from fewbits.checkpoint.activations import WEIGHT
-from fewbits.checkpoint.base import Entry, Kind, Reader, Writer
+from fewbits.checkpoint.base import Entry, Reader
 from fewbits.checkpoint.huggingface import quantization_of
-from fewbits.errors import CheckpointError, UnsupportedError
+from fewbits.errors import CheckpointError
 from fewbits.formats import Float, QTensor
 from fewbits.formats.nvfp4_product import NvFp4Product
 
@@ -47,27 +48,17 @@ LEFT_OUT = (".input_scale", ".k_scale", ".v_scale")
 log = logging.getLogger(__name__)
 
 
-class ModelOpt(Kind):
+class ModelOpt(ReadFolder):
     """Linear layers in NVFP4; not written."""
 
     name = "modelopt"
     summary = "safetensors folder of NVFP4 by NVIDIA's ModelOpt (read only): vLLM, SGLang, TensorRT-LLM"
-    written = False
 
-    def detect(self, path: Path) -> bool:
-        try:
-            return bool(_statements(path))
-        except CheckpointError:
-            return False
+    def recognises(self, path: Path) -> bool:
+        return bool(_statements(path))
 
     def open(self, path: Path) -> Reader:
         return ModelOptReader(path)
-
-    def admits(self, entry: Entry) -> str | None:
-        return f"{entry.name}: fewbits reads {self.name} folders and writes none; write compressed-tensors instead"
-
-    def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
-        raise UnsupportedError(f"{path}: fewbits reads {self.name} folders and writes none; write compressed-tensors")
 
 
 class ModelOptReader(Reader):

@@ -14,17 +14,17 @@ such folders is a training run in MXFP4; fewbits writes MXFP4 as compressed-tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbits.checkpoint._arrays import CONFIG, ArrayFolder, read_json
-from fewbits.checkpoint.base import FOREIGN_PART, Entry, Kind, Reader, Writer, row_slabs
-from fewbits.checkpoint.huggingface import quantization_of, rows_by_the_library
-from fewbits.errors import CheckpointError, UnsupportedError
+from fewbits.checkpoint._quantized_folder import ReadFolder
+from fewbits.checkpoint.base import FOREIGN_PART, Entry, Reader, row_slabs
+from fewbits.checkpoint.huggingface import rows_by_the_library
+from fewbits.errors import CheckpointError
 from fewbits.formats import Float, QTensor
 from fewbits.formats.minifloat import MxFp4
 from fewbits.formats.turned import Turned
@@ -36,28 +36,15 @@ NAN = 255
 FORMAT = Turned(MxFp4())
 
 
-class Mxfp4(Kind):
+class Mxfp4(ReadFolder):
     """Experts in MXFP4; not written."""
 
-    name = "mxfp4"
+    name = method = METHOD
     summary = "safetensors folder of gpt-oss with experts in MXFP4 (read only): transformers and vLLM"
-    written = False
     decoder = "transformers"
-
-    def detect(self, path: Path) -> bool:
-        try:
-            return quantization_of(read_json(path / CONFIG)).get("quant_method") == METHOD
-        except CheckpointError:
-            return False
 
     def open(self, path: Path) -> Reader:
         return Mxfp4Reader(path)
-
-    def admits(self, entry: Entry) -> str | None:
-        return f"{entry.name}: fewbits reads {self.name} folders and writes none; write compressed-tensors instead"
-
-    def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
-        raise UnsupportedError(f"{path}: fewbits reads {self.name} folders and writes none; write compressed-tensors")
 
     def foreign(self, path: Path) -> Iterator[tuple[str, int, Tensor]]:
         """Numbers as transformers decodes them, in float32."""
