@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ from fewbits.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 """How long a process waits for another one: the main one may have to quantize a large model first."""
+REST = 0.5
+"""Seconds that gloo's threads get at the end."""
 LAYERS = (QuantizedEmbedding, QuantizedLinear)
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher says besides how many processes there are."""
@@ -64,8 +67,15 @@ def join(device: str) -> None:
 
 
 def _part() -> None:
+    """Leave the others, and let gloo's threads come to rest.
+
+    They let go of a tensor some time after whoever waited for it has gone on, and take the interpreter's lock for it;
+    once the interpreter ends, taking its lock aborts the process. Destroying the group would end the threads, but
+    DTensor's caches keep a group that has sharded anything.
+    """
     if distributed.is_initialized():
         distributed.destroy_process_group()
+        time.sleep(REST)
 
 
 def count() -> int:
