@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"formats", "stats"},
     "models": {"nn"},
     "engine": {"models", "nn", "kernels", "checkpoint", "formats", "runtime"},
+    "export": {"engine", "nn", "checkpoint", "formats"},
     "train": {"models", "nn", "formats", "methods"},
     "evals": {"engine", "models", "checkpoint", "formats", "runtime"},
     "server": {"engine", "pipeline"},

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fewbits.integrations.in_place import quantize_
     from fewbits.methods import METHODS, quantize_tensor
     from fewbits.pipeline import Calibration, Merging, convert, imatrix, make_plan, merge, quantize, verify
+    from fewbits.pipeline._onnx import export_onnx
     from fewbits.pipeline._qat import Qat, train_qat
     from fewbits.pipeline._qlora import Qlora, train_qlora
     from fewbits.plan.planned import Budget
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         Evaluation,
         ImportanceReport,
         Merge,
+        OnnxExport,
         Quantization,
         TensorReport,
         Training,
@@ -60,6 +62,7 @@ _ROOMS = {
     "Length": "train",
     "Merge": "results",
     "Merging": "pipeline",
+    "OnnxExport": "results",
     "QTensor": "formats",
     "Qat": "pipeline._qat",
     "Qlora": "pipeline._qlora",
@@ -69,6 +72,7 @@ _ROOMS = {
     "Verification": "results",
     "convert": "pipeline",
     "evaluate": "evals",
+    "export_onnx": "pipeline._onnx",
     "format_named": "formats",
     "formats": "formats",
     "imatrix": "pipeline",
@@ -99,6 +103,7 @@ __all__ = [
     "Length",
     "Merge",
     "Merging",
+    "OnnxExport",
     "QTensor",
     "Qat",
     "Qlora",
@@ -108,6 +113,7 @@ __all__ = [
     "Verification",
     "convert",
     "evaluate",
+    "export_onnx",
     "format_named",
     "formats",
     "imatrix",

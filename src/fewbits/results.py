@@ -411,6 +411,42 @@ class Verification:
         return not self.mismatches
 
 
+@dataclass(frozen=True)
+class OnnxRun:
+    """onnxruntime's outputs beside fewbits' own, on `rows` tokens (or texts, where a model has one output for each).
+
+    exact: each operator by its definition, or as onnxruntime does by default. difference: relative, by the norm;
+    largest: of one number. limit: the difference that float32's rounding explains, None where nothing is proven by it.
+    top1_agreement: share of the rows with the same largest logit, None for outputs that are no logits.
+    """
+
+    exact: bool
+    difference: float
+    largest: float
+    rows: int
+    top1_agreement: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What `fewbits.export_onnx` wrote and proved. formats: how many weights are in which; kept: tensors in floating
+    point; runs is empty where onnxruntime was left out.
+    """
+
+    source: str
+    output: str
+    way: str
+    opset: int
+    sequence: int | None
+    formats: dict[str, int]
+    kept: int
+    source_bytes: int
+    output_bytes: int
+    seconds: float
+    runs: tuple[OnnxRun, ...]
+
+
 def as_json(result: Any) -> Any:
     """A result dataclass as plain JSON values."""
     return asdict(result)
