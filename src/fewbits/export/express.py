@@ -140,12 +140,13 @@ def _number(model: Traced) -> None:
         if name in model.kept:
             del model.graph.graph.initializers[value.name]
             dtype = "FLOAT" if value.dtype.is_floating_point() else value.dtype.name
-            numbers = partial(_numbers, model.kept[name], torch.float32)
+            numbers = partial(numbers_of, model.kept[name], torch.float32)
             new = _tensor(model.graph.graph, name, dtype, value.shape.numpy(), numbers)
             value.replace_all_uses_with(new)
 
 
-def _numbers(weight: Weight, dtype: torch.dtype) -> Array:
+def numbers_of(weight: Weight, dtype: torch.dtype) -> Array:
+    """A tensor that is not quantized, in a floating-point type; integers stay what they are."""
     numbers = weight.numbers(dtype, torch.device("cpu"))
     if dtype == torch.bfloat16:
         import ml_dtypes
@@ -162,7 +163,7 @@ def _keep_in_16_bits(graph: Any, name: str, weight: Weight) -> None:
     if name not in graph.initializers or format.dtype not in SIXTEEN or changed:
         return
     wide = graph.initializers.pop(name)
-    make = partial(_numbers, weight, format.dtype)
+    make = partial(numbers_of, weight, format.dtype)
     narrow = _tensor(graph, name, SIXTEEN[format.dtype], wide.shape.numpy(), make)
     widened: list[Any] = []
     for user, index in list(wide.uses()):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fewbits.engine.weights import Weight
 from fewbits.export.blocks import CONTRIB
+from fewbits.export.express import SIXTEEN, numbers_of
 
 Array: TypeAlias = NDArray[Any]
 Progress = Callable[[int, int, str], None]
@@ -58,8 +59,9 @@ def _trouble(graph: Any, name: str, weight: Weight) -> Iterator[str]:
 def _kept_trouble(graph: Any, name: str, weight: Weight) -> Iterator[str]:
     """Of a tensor in floating point; what no output depends on (BERT's pooler) is not in the file."""
     if name in graph.initializers:
-        found = np.array(graph.initializers[name].const_value.numpy(), dtype=np.float32)
-        if not torch.equal(torch.from_numpy(found), weight.numbers(torch.float32, torch.device("cpu")).float()):
+        stored = graph.initializers[name].const_value
+        dtype = next((dtype for dtype, known in SIXTEEN.items() if known == stored.dtype.name), torch.float32)
+        if not np.array_equal(stored.numpy(), numbers_of(weight, dtype)):
             yield "has other numbers than the checkpoint's"
 
 
