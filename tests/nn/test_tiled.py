@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime_CAPI  # a capsule of somebody else's
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from torch.nn import functional
 from fewbits.engine.tiling import tiled
 from fewbits.errors import UnsupportedError
 from fewbits.formats import FORMATS, QTensor
+from fewbits.kernels.threads import team
 from fewbits.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear, TiledEmbedding, TiledLinear, replace_tiled
 from fewbits.runtime.compiled import compiled, targets
 from fewbits.runtime.products import Matrix, Products
@@ -111,6 +115,20 @@ def test_threads_targets_and_rows_change_nothing():
         assert (torch.from_numpy(found - whole).abs() <= 520 * FLOAT_UNIT * bound_of_sums(x, weight)).all(), target
 
 
+@pytest.mark.skipif(team() is None, reason="built without OpenMP")
+def test_torchs_threads_change_nothing():
+    """Of one row, which one thread multiplies, and of so many that the team is called; whoever asks."""
+    weight = weight_in("int4-g32", 100, 520)
+    assert weight is not None
+    x = torch.randn(400, 520).numpy()
+    whole, shared = matrix_of(weight, threads=1).multiply(x), Products(3, team=team()).matrix(tiled(weight))
+    assert (shared.multiply(x) == whole).all()
+    assert (shared.multiply(x[:1])[0] == whole[0]).all()
+    with ThreadPoolExecutor(2) as pool:
+        assert all((found == whole).all() for found in pool.map(shared.multiply, [x] * 8))
+    assert (shared.look_up(torch.tensor([99, 0]).numpy()) == weight.dequantize()[[99, 0]].numpy()).all()
+
+
 def bound_of_sums(x, weight: QTensor) -> Tensor:
     """Sums of magnitudes, which another order of additions may move by a unit for each."""
     return 2 * torch.from_numpy(x).abs() @ weight.dequantize().abs().T
@@ -159,5 +177,7 @@ def test_another_device_and_another_target_are_refused():
         TiledLinear(matrix_of(weight))(torch.zeros(1, 256, device="meta"))
     with pytest.raises(UnsupportedError, match="'riscv' is not among"):
         Products(1, "riscv")
+    with pytest.raises(ValueError, match="a team comes in a capsule"):
+        Products(1, team=datetime_CAPI)
     with pytest.raises(ValueError, match="do not fit"):
         matrix_of(weight).multiply(torch.zeros(1, 255).numpy())

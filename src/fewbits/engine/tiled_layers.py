@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import nn
 
 from fewbits.engine.tiling import tiled_packed
+from fewbits.kernels.threads import team
 from fewbits.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear, replace_tiled
 from fewbits.runtime.compiled import compiled
 from fewbits.runtime.products import Products
@@ -26,7 +27,7 @@ def tile_layers(model: nn.Module, threads: int | None = None) -> None:
     """
     if compiled() is None:
         return
-    products = Products(threads)
+    products = Products(threads, team=team())
     for names in _sharing(model):
         matrix = products.matrix(tiled_packed(_store(model, names[0]).view()))
         for name in names:

@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from fewbits.engine.tiling import codes_from, multiplies_codes, scales_from, tiled_packed
 from fewbits.formats import Format, QTensor
 from fewbits.kernels import LowRank, Packed, product_dtype
+from fewbits.kernels.threads import team
 from fewbits.nn import PackedWeight, stored
 from fewbits.runtime.compiled import compiled
 from fewbits.runtime.products import Matrix, Products
@@ -159,8 +160,8 @@ def _holds(weight: Tiles, scale: Tensor) -> bool:
 
 @lru_cache
 def _products(threads: int) -> Products:
-    """One pool of threads for all weights of the process."""
-    return Products(threads)
+    """Torch's threads, for all weights of the process."""
+    return Products(threads, team=team())
 
 
 def _trains(x: Tensor, low_rank: LowRank | None) -> bool:

@@ -11,8 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from fewbits.kernels._compiled import compiled
+
+
+def team() -> Any | None:
+    """The threads that torch works on, for products between its own (`runtime.Products`); None where they are not to
+    be had.
+    """
+    core = compiled()
+    return None if core is None else core.openmp_team
 
 
 @contextmanager

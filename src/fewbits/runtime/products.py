@@ -8,6 +8,8 @@ INT8, then panels multiplied) are handed to threads that may have gone to sleep.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,13 +21,14 @@ from fewbits.runtime.tiles import Weight
 class Products:
     """Threads that multiply with any number of matrices, one product at a time, whoever asks.
 
-    threads: all cores by default. target: whose kernels, of `compiled.targets()`; the best this processor has.
+    threads: all cores by default. target: whose kernels, of `compiled.targets()`; the best this processor has. team: a
+    capsule of a `Team` (csrc/pool.h), threads that somebody else has; by default there are own ones.
     Raises UnsupportedError where kernels were not compiled, or not for that target.
     """
 
-    def __init__(self, threads: int | None = None, target: str = "") -> None:
+    def __init__(self, threads: int | None = None, target: str = "", team: Any | None = None) -> None:
         core, target = core_for(target)
-        self.core = core.Products(threads or cores(), target)
+        self.core = core.Products(threads or cores(), target, team)
 
     def matrix(self, weight: Weight) -> Matrix:
         """A matrix that these threads multiply with."""

@@ -10,6 +10,7 @@
 
 #include "decode.h"
 #include "gram.h"
+#include "parallel.h"
 #include "round_columns.h"
 
 namespace nb = nanobind;
@@ -88,6 +89,11 @@ NB_MODULE(_core, m) {
   m.def("add_gram", &add_gram, as_is("x"), as_is("total"), nb::arg("threads"));
   m.def("round_columns", &round_columns, as_is("targets"), as_is("feedback"), as_is("scale"), as_is("offset"),
         as_is("levels"), as_is("midpoints"), as_is("base"), as_is("values"), nb::arg("threads"));
+#ifdef _OPENMP
+  m.attr("openmp_team") = nb::capsule(&fewbits::openmp_team, "fewbits.Team");
+#else
+  m.attr("openmp_team") = nb::none();
+#endif
   add_decode<float>(m, "decode_float32");
   add_decode<std::uint16_t>(m, "decode_bfloat16");
 }

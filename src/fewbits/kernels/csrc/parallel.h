@@ -12,7 +12,21 @@
 #include <thread>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 namespace fewbits {
+
+#ifdef _OPENMP
+// OpenMP's threads for whoever cannot be compiled with it (runtime/csrc/pool.h has the same type): calls work(data, t) on
+// up to so many of them at once, t = 0 on the one that asks, and returns when all have returned.
+using Team = void (*)(int threads, void (*work)(void* data, int thread), void* data);
+inline const Team openmp_team = [](int threads, void (*work)(void* data, int thread), void* data) {
+#pragma omp parallel num_threads(threads)
+  work(data, omp_get_thread_num());
+};
+#endif
 
 // Calls work(i) for every i below count. Whoever is done takes the next one, so a thread that the system holds up does
 // not hold up the others. What work throws ends the loop and is thrown again here.

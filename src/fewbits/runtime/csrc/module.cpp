@@ -135,12 +135,21 @@ void multiply(const std::string& target, int threads, const Held& held, Numbers 
   program.run_rows(static_cast<int>(x.shape(0)), before, x.data(), after, out.data());
 }
 
+// The team that a capsule points to; none for none.
+Team team_of(const std::optional<nb::capsule>& capsule) {
+  if (!capsule) return nullptr;
+  constexpr const char* NAME = "fewbits.Team";
+  require(PyCapsule_IsValid(capsule->ptr(), NAME), "a team comes in a capsule of that name");
+  return *static_cast<const Team*>(PyCapsule_GetPointer(capsule->ptr(), NAME));
+}
+
 using Places = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // Products that are asked for one by one, of any matrices, by threads that all of them share; one at a time, whoever asks.
 class Products {
  public:
-  Products(int threads, const std::string& target) : program_(threads, target, none_) {}
+  Products(int threads, const std::string& target, const std::optional<nb::capsule>& team)
+      : program_(threads, target, none_, team_of(team)) {}
 
   void multiply(const Held& held, Numbers x, std::optional<Vector> bias, Written out) {
     const Weight& w = held.weight;
@@ -404,7 +413,8 @@ NB_MODULE(_runtime, m) {
   bind_mapping(m);
   bind_program(m);
   nb::class_<Products>(m, "Products")
-      .def(nb::init<int, const std::string&>(), nb::arg("threads"), nb::arg("target"))
+      .def(nb::init<int, const std::string&, std::optional<nb::capsule>>(), nb::arg("threads"), nb::arg("target"),
+           nb::arg("team").none())
       .def("multiply", &Products::multiply, nb::arg("weight"), nb::arg("x"), nb::arg("bias").none(), nb::arg("out"))
       .def("look_up", &Products::look_up, nb::arg("table"), nb::arg("which"), nb::arg("out"));
   m.def("integer_peak", &integer_peak, nb::arg("target"), nb::arg("threads"));

@@ -50,10 +50,11 @@ std::uint64_t share_of(std::uint32_t job, std::uint64_t begin, std::uint64_t end
 
 }  // namespace
 
-Pool::Pool(int threads) : progress_(new Progress[MOST_PHASES]) {
+Pool::Pool(int threads, Team team) : team_(team), progress_(new Progress[MOST_PHASES]) {
   if (threads < 1) throw std::invalid_argument(std::to_string(threads) + " threads; at least one has to do the work");
   threads_ = threads;
   shares_.reset(new Share[MOST_PHASES * static_cast<std::size_t>(threads)]);
+  if (team) return;
   try {
     for (int t = 1; t < threads; ++t) others_.emplace_back([this, t] { serve(t); });
   } catch (const std::system_error&) {  // those that run already hold this
@@ -71,7 +72,7 @@ void Pool::stop() {
   for (auto& other : others_) other.join();
 }
 
-void Pool::run(const std::vector<Phase>& phases) {
+void Pool::run(const std::vector<Phase>& phases, bool little) {
   if (phases.empty()) return;
   if (phases.size() > MOST_PHASES)
     throw std::invalid_argument(std::to_string(phases.size()) + " phases; a job may have " + std::to_string(MOST_PHASES));
@@ -82,8 +83,13 @@ void Pool::run(const std::vector<Phase>& phases) {
   open(0, phases.size(), job);
   count_.store(phases.size());
   job_.store(job);
-  job_.notify_all();
-  work(job, phases.size(), 0);
+  if (team_ && !little) {
+    auto share = [&](int thread) { work(job, phases.size(), thread); };
+    team_(threads_, [](void* data, int thread) { (*static_cast<decltype(share)*>(data))(thread); }, &share);
+  } else {
+    job_.notify_all();
+    work(job, phases.size(), 0);
+  }
   if (thrown_) std::rethrow_exception(std::exchange(thrown_, nullptr));
 }
 

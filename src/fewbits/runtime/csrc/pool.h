@@ -9,6 +9,9 @@
 // Waiting spins for a few microseconds, since phases of one token take no longer, and then sleeps. A thread that
 // sleeps gives its core away, so a thread of ours that was put aside, or a neighbour, gets it at once: spinning for
 // long is what makes a busy machine many times slower, because the spinning thread keeps the working one waiting.
+//
+// Or the threads are somebody else's, a team that is called for each job. Where another library works between our jobs
+// and its threads spin for the next one, threads of ours would only take turns with them on the same cores.
 #pragma once
 
 #include <atomic>
@@ -23,6 +26,9 @@
 
 namespace fewbits::runtime {
 
+// Calls work(data, t) on so many threads, t = 0 on the one that asks, and returns when all have returned.
+using Team = void (*)(int threads, void (*work)(void* data, int thread), void* data);
+
 struct Phase {
   std::function<std::size_t()> chunks;  // asked when the phase before is done
   std::function<void(std::size_t chunk, int thread)> work;
@@ -32,7 +38,7 @@ class Pool {
  public:
   static constexpr std::size_t MOST_PHASES = 1 << 12, MOST_CHUNKS = (1 << 20) - 1;
 
-  explicit Pool(int threads);
+  explicit Pool(int threads, Team team = nullptr);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -40,7 +46,8 @@ class Pool {
   int threads() const { return threads_; }
 
   // Carries out the phases one after the other; what is thrown in a chunk is thrown here, and the rest left out.
-  void run(const std::vector<Phase>& phases);
+  // little: work that is done before a team is called together.
+  void run(const std::vector<Phase>& phases, bool little = false);
 
  private:
   // Where a phase stands, and what is left of a thread's share in it, with the number of their job, so that a thread
@@ -68,6 +75,7 @@ class Pool {
   }
 
   int threads_ = 1;
+  Team team_ = nullptr;
   std::vector<std::thread> others_;
   std::unique_ptr<Progress[]> progress_;
   std::unique_ptr<Share[]> shares_;  // [phases][threads]

@@ -20,6 +20,7 @@ namespace {
 constexpr std::int64_t CHUNK_BYTES = 1 << 16;  // of weights that a thread takes at a time for a row or two
 constexpr std::int64_t CHUNK_PANELS = 4;       // for more, so that the inputs of a slab are read from memory once for all
 constexpr std::int64_t FEW_ROWS = 8;
+constexpr std::int64_t LITTLE = 1 << 20;  // products of numbers: one thread makes them while another one is woken
 constexpr int ANGLE_ROWS = 16;
 
 // Numbers from one row of a buffer to the next: whole panels, each a line of the cache, and an odd number of them. A
@@ -43,8 +44,8 @@ void Aligned::grow(std::size_t bytes, bool huge_pages) {
 #endif
 }
 
-Program::Program(int threads, std::string_view target, KeyValues& cache)
-    : pool_(threads), kernels_(runtime::kernels(target)), cache_(cache) {
+Program::Program(int threads, std::string_view target, KeyValues& cache, Team team)
+    : pool_(threads, team), kernels_(runtime::kernels(target)), cache_(cache) {
   scratch_.resize(static_cast<std::size_t>(pool_.threads()));
   const std::size_t attention = attend_scratch(cache.head_dim) * sizeof(float);
   for (auto& one : scratch_) one.reserve<char>(std::max(kernels_.scratch_size, attention));
@@ -241,7 +242,8 @@ void Program::multiply(const Weight& w, int rows, const float* x, const float* b
                 const std::int64_t first = begin * PANEL, count = std::min(end * PANEL, w.rows) - first;
                 for (std::int64_t r = 0; r < rows; ++r)
                   std::memcpy(out + r * w.rows + first, panels + r * stride + first, static_cast<std::size_t>(count) * sizeof(float));
-              }}});
+              }}},
+            rows * w.rows * w.columns <= LITTLE);
 }
 
 void Program::look_up(const Weight& w, int count, const std::int64_t* which, float* out) {

@@ -78,7 +78,7 @@ struct ExpertsOp {
 
 class Program {
  public:
-  Program(int threads, std::string_view target, KeyValues& cache);
+  Program(int threads, std::string_view target, KeyValues& cache, Team team = nullptr);
 
   Buffer buffer(int width);
   void embed(const Weight& table, Buffer out, float scale);
