@@ -201,7 +201,7 @@ def test_rounding_is_no_more_than_noise(made: Callable[[str], Path], tmp_path: P
 )
 def test_refused_formats(format: str, settings: Any, reason: str, made: Callable[[str], Path], tmp_path: Path) -> None:
     source = quantized(made("llama"), tmp_path / "q", format, **settings)
-    with pytest.raises(UnsupportedError, match=f"self_attn.q_proj.weight: .*{reason}"):
+    with pytest.raises(UnsupportedError, match=rf"layers\.0\..*\.weight: .*{reason}"):
         fewbits.export_onnx(source, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
 
@@ -216,6 +216,20 @@ def test_refused_architectures(tmp_path: Path) -> None:
     transformers.T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
     with pytest.raises(UnsupportedError, match="does not go from one text to one output"):
         fewbits.export_onnx(tmp_path / "t5", tmp_path / "out.onnx")
+
+
+def test_refused_folders(llama: Path, tmp_path: Path) -> None:
+    """What would change the numbers and has no place in the graph."""
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 200)
+    cached = quantized(llama, tmp_path / "cached", "int8", cache="fp8", calibration=text)
+    with pytest.raises(UnsupportedError, match="_scale: keys and values are rounded for the cache"):
+        fewbits.export_onnx(cached, tmp_path / "out.onnx")
+    adapter = tmp_path / "adapted" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedError, match="has an adapter inside"):
+        fewbits.export_onnx(adapter.parent, tmp_path / "out.onnx")
 
 
 def test_wrong_requests(made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

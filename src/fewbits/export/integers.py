@@ -14,7 +14,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fewbits.checkpoint import Entry
 from fewbits.engine.tiling import levels_by_code
 from fewbits.engine.weights import Weight
 from fewbits.errors import UnsupportedError
@@ -64,16 +63,6 @@ class Integers:
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
-
-
-def require_expressible(name: str, entry: Entry) -> None:
-    """Raise UnsupportedError, with the reason, for a weight or inputs that ONNX has no operators for."""
-    layout(name, entry.format)
-    if entry.inputs is not None and entry.inputs.element != "int8":
-        raise UnsupportedError(
-            f"{name}: its inputs are rounded to {entry.inputs}, and ONNX runtimes on CPUs multiply no FP8; quantize "
-            "with --inputs int8-token or int8-static"
-        )
 
 
 def layout(name: str, format: Format) -> Layout:

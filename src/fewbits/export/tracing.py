@@ -33,7 +33,7 @@ from fewbits.engine.loading import Placement, placements, refuse_unexpected, req
 from fewbits.engine.skeleton import skeleton
 from fewbits.engine.weights import Weight
 from fewbits.errors import CheckpointError, UnsupportedError
-from fewbits.export.integers import require_expressible
+from fewbits.export.integers import layout
 from fewbits.nn import can_replace
 
 DOMAIN = "fewbits"
@@ -126,7 +126,7 @@ def _only(placement: Placement) -> Weight:
 def _stand_in(model: PreTrainedModel, quantized: Mapping[str, Weight]) -> None:
     """Swap layers of quantized weights for nodes."""
     for name, weight in quantized.items():
-        require_expressible(name, weight.entry)
+        layout(name, weight.entry.format)  # or why there is none
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if leaf != "weight" or not can_replace(module):
