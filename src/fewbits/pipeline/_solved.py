@@ -28,7 +28,7 @@ class Overlay(Reader):
 
 
 def rewritten(reader: Reader, name: str) -> bool:
-    """Whether a transform made other numbers of a parameter of the source."""
+    """Whether a transform or a training made other numbers of a parameter of the source."""
     if isinstance(reader, Overlay):
         return name in reader.changed or rewritten(reader.below, name)
     return isinstance(reader, RotatedReader) and reader.rewritten(name)
