@@ -19,7 +19,7 @@ class TensorReport:
     name is the tensor's name in the output, source the parameter it was made of. error is the relative error
     ‖w − ŵ‖ / ‖w‖, None unless quantized. reason says why it was kept, tied or dropped. digests maps the name of each
     array in the output to the SHA-256 of its bytes. transformed: an exact transform of it and its neighbours, or
-    training, rewrote it, so its numbers are not the source's. inputs: what the layer's inputs are rounded to as it runs.
+    training, rewrote it, so its numbers are not the source's. inputs: what the layer's inputs are rounded to.
     """
 
     name: str

@@ -67,8 +67,8 @@ def verify(
             rewritten = sum(bool(line.get("transformed")) for line in ledger.values())
             if rewritten:
                 notes.append(
-                    f"{rewritten} tensors were rewritten first, by an exact transform or by training, so the source has "
-                    "other numbers for them; `fewbits evaluate` compares what the models predict"
+                    f"{rewritten} tensors were rewritten first, by an exact transform or by training, so the source "
+                    "has other numbers for them; `fewbits evaluate` compares what the models predict"
                 )
     stack, divergence = None, None
     if logits and not mismatches:
