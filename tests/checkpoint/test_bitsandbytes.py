@@ -246,16 +246,6 @@ def test_transformers_takes_the_configuration(tmp_path, name):
     assert {m for m in every if should_convert_module(m, skipped)} - {"model.embed_tokens"} == packed
 
 
-def test_it_runs_and_is_verified(tmp_path):
-    save_model(tmp_path / "source", "llama", hidden_size=64, intermediate_size=128)
-    fewbits.quantize(tmp_path / "source", tmp_path / "out", format="nf4", kind="bitsandbytes")
-    fewbits.quantize(tmp_path / "source", tmp_path / "own", format="nf4", kind="fewbits")
-    with torch.inference_mode():
-        ours, same_bits = (fewbits.load(tmp_path / name)(IDS).logits for name in ("out", "own"))
-    assert torch.equal(ours, same_bits)
-    assert fewbits.verify(tmp_path / "out", tmp_path / "source").passed
-
-
 @pytest.fixture
 def folder(tmp_path):
     codes = torch.arange(256, dtype=torch.uint8).remainder(16).view(2, 128)
