@@ -1,6 +1,6 @@
-"""The axes of a figure of size against divergence: where they begin and end, and what is written at them.
+"""The axes of figures: where they begin and end, and what is written at them.
 
-Both end at round numbers, so a figure needs no more than its ticks to be read, and all of its points lie inside.
+They end at round numbers, so a figure needs no more than its ticks to be read, and all of its points lie inside.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fewbits.cli._print import number
 from fewbits.errors import FewbitsError
+from fewbits.report.numbers import number
 from fewbits.results import FrontierPoint
 
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
@@ -62,13 +62,35 @@ def _round_step(least: float) -> float:
 
 
 def _divergence_axis(divergences: Sequence[float], about: int) -> Axis:
+    label = "divergence from the original, nats per token"
+    return logarithmic(label, min(divergences) / 1.15, max(divergences) * 1.15, about)
+
+
+def linear(label: str, low: float, high: float, about: int) -> Axis:
+    """From the round number at or below `low` to that at or above `high`, with about so many ticks."""
+    step = _round_step((high - low) / about or abs(high) or 1.0)
+    ticks = [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    written = {tick: number(tick, 6) for tick in ticks}
+    return Axis(label, min(written), max(written), written)
+
+
+def within(label: str, low: float, high: float, about: int, least: float = 0.0) -> Axis:
+    """From low to high, with about so many round ticks between them, at least `least` apart."""
+    high = high if high > low else low + 1
+    step = _round_step(max((high - low) / about, least))
+    ticks = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return Axis(label, low, high, {tick: number(tick, 6) for tick in ticks})
+
+
+def logarithmic(label: str, low: float, high: float, about: int) -> Axis:
     """Ticks are 1, 2 and 5 times powers of ten, or fewer of them where that would be too many."""
-    every = _log_ticks(min(divergences) / 1.15, max(divergences) * 1.15, (1, 2, 5))
+    every = _log_ticks(low, high, (1, 2, 5))
     low, high = every[0], every[-1]
     coarser = [[tick for tick in _log_ticks(low, high, some) if low <= tick <= high] for some in ((1, 3), (1,))]
-    ticks = next((some for some in (every, *coarser) if len(some) <= about), coarser[-1])
+    sparse = coarser[-1][:: max(1, math.ceil(len(coarser[-1]) / about))]
+    ticks = next((some for some in (every, *coarser) if len(some) <= about), sparse)
     written = {tick: number(tick) for tick in ticks}
-    return Axis("divergence from the original, nats per token", low, high, written, logarithmic=True)
+    return Axis(label, low, high, written, logarithmic=True)
 
 
 def _log_ticks(low: float, high: float, factors: Sequence[int]) -> list[float]:
