@@ -239,7 +239,7 @@ def _speed(
     out: Path, config: Mapping[str, Any], wanted: Wanted, missing: MutableMapping[str, str], progress: Progress | None
 ) -> Benchmark | None:
     if not wanted.speed:
-        missing["speed"] = "it was not to be measured (--no-speed)"
+        missing["speed"] = "--no-speed was given"
         return None
     if progress:
         progress(0, 1, "speed")
@@ -252,7 +252,7 @@ def _speed(
 
 def _energy(out: Path, wanted: Wanted, missing: MutableMapping[str, str]) -> Energy | None:
     if not wanted.speed:
-        missing["energy"] = "it was not to be measured (--no-speed)"
+        missing["energy"] = "--no-speed was given"
         return None
     try:
         return decode_energy(out)

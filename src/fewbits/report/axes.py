@@ -13,6 +13,7 @@ from fewbits.errors import FewbitsError
 from fewbits.report.numbers import number
 from fewbits.results import FrontierPoint
 
+FINE: tuple[tuple[float, ...], ...] = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7))
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
 
 
@@ -82,8 +83,16 @@ def within(label: str, low: float, high: float, about: int, least: float = 0.0) 
     return Axis(label, low, high, {tick: number(tick, 6) for tick in ticks})
 
 
-def logarithmic(label: str, low: float, high: float, about: int) -> Axis:
-    """Ticks are 1, 2 and 5 times powers of ten, or fewer of them where that would be too many."""
+def logarithmic(label: str, low: float, high: float, about: int, *, fine: bool = False) -> Axis:
+    """Ticks are 1, 2 and 5 times powers of ten, or fewer of them where that would be too many; or, where it is to be
+    fine, more of them if there is room, and the axis ends at those.
+    """
+    high = max(high, 1.01 * low)  # one number alone has no logarithm of a range
+    if fine:
+        for factors in FINE:
+            ticks = _log_ticks(low, high, factors)
+            if len(ticks) <= about:
+                return Axis(label, ticks[0], ticks[-1], {tick: number(tick) for tick in ticks}, logarithmic=True)
     every = _log_ticks(low, high, (1, 2, 5))
     low, high = every[0], every[-1]
     coarser = [[tick for tick in _log_ticks(low, high, some) if low <= tick <= high] for some in ((1, 3), (1,))]
@@ -93,9 +102,9 @@ def logarithmic(label: str, low: float, high: float, about: int) -> Axis:
     return Axis(label, low, high, written, logarithmic=True)
 
 
-def _log_ticks(low: float, high: float, factors: Sequence[int]) -> list[float]:
+def _log_ticks(low: float, high: float, factors: Sequence[float]) -> list[float]:
     """These multiples of powers of ten, from the last that is not above `low` to the first not below `high`."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)  # logarithms are rounded
     every = [float(f"{factor}e{power}") for power in powers for factor in factors]
     first, last = max(tick for tick in every if tick <= low), min(tick for tick in every if tick >= high)
     return [tick for tick in every if first <= tick <= last]

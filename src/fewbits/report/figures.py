@@ -151,9 +151,10 @@ def losses(report: Report) -> str | None:
     if report.training is None:
         return None
     curve = report.training.curve
+    held_out = {0.0: report.training.before} | {float(p.step): p.held_out for p in curve if p.held_out}
     drawn = [
         Line("on what is trained on", [(float(p.step), p.loss) for p in curve if p.loss], mark="other"),
-        Line("on held-out text", [(float(p.step), p.held_out) for p in curve if p.held_out]),
+        Line("on held-out text", [(step, loss) for step, loss in sorted(held_out.items()) if loss > 0]),
     ]
     drawn = [line for line in drawn if line.points]
     if not drawn or len({x for line in drawn for x, _ in line.points}) < 2:

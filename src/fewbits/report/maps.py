@@ -28,15 +28,24 @@ class Places:
         return tuple(name if times[name] == 1 else part for name, part in zip(short, self.parts, strict=True))
 
 
+ORDER = ("qkv", "q", "k", "v", "o", "output", "gate", "up", "down")
+"""Words of parts' names, in the order in which a layer uses them."""
+
+
 def places(tensors: Sequence[TensorFacts]) -> Places:
-    """The matrices of layers, parts in the order of the file."""
+    """The matrices of layers, parts in the order of their use, others behind them in the order of the file."""
     found = [(t, t.layer) for t in tensors if t.layer is not None and len(t.shape) >= 2]
     layers = sorted({layer for _, layer in found})
-    parts = list(dict.fromkeys(t.part for t, _ in found))
+    parts = sorted(dict.fromkeys(t.part for t, _ in found), key=_turn)
     at: dict[tuple[int, int], list[TensorFacts]] = {}
     for tensor, layer in found:
         at.setdefault((layers.index(layer), parts.index(tensor.part)), []).append(tensor)
     return Places(tuple(layers), tuple(parts), at)
+
+
+def _turn(part: str) -> tuple[int, int]:
+    words = part.rpartition(".")[2].split("_")
+    return next(((part.count("*"), i) for i, word in enumerate(ORDER) if word in words), (2, 0))
 
 
 def bits(found: Places) -> dict[tuple[int, int], Cell]:

@@ -52,7 +52,7 @@ def lines(
     ys = [y for line in drawn for _, y in line.points]
     top = max([y + e for line in drawn for (_, y), e in zip(line.points, line.errors, strict=False)] + ys)
     about = int(height // 45)
-    rising = logarithmic(up, min(ys), max(ys) * (1.0001 if max(ys) > min(ys) else 2), about) if log else None
+    rising = logarithmic(up, min(ys), max(ys), about, fine=True) if log else None
     even = within(across, min(xs), max(xs), int(width // 80), 1.0)
     area = frame(drawing, even, rising or linear(up, 0.0, top or 1.0, about))
     for line in drawn:
