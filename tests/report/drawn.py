@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
@@ -38,9 +40,23 @@ def _label(each: ET.Element) -> Label:
     return Label(text, left, left + width, y - size, y + 0.3 * size)
 
 
+def turned(root: ET.Element) -> list[tuple[float, float]]:
+    """Where labels end that rise at an angle."""
+    found = []
+    for each in root.iter("text"):
+        if "transform" in each.attrib:
+            x, y, degrees = map(float, re.findall(r"-?[\d.]+", each.attrib["transform"]))
+            length, angle = text_width(each.text or "", float(each.attrib["font-size"])), math.radians(-degrees)
+            found.append((x + length * math.cos(angle), y - length * math.sin(angle)))
+    return found
+
+
 def assert_inside(root: ET.Element) -> None:
     """No label leaves the view box."""
     _, _, width, height = map(float, root.attrib["viewBox"].split())
+    for x, y in turned(root):
+        assert -SLACK <= x <= width + SLACK
+        assert -SLACK <= y <= height + SLACK
     for label in labels(root):
         assert label.left >= -SLACK, label
         assert label.right <= width + SLACK, label

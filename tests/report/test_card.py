@@ -88,6 +88,11 @@ def test_only_folders_are_cut_from_commands() -> None:
     assert without_folders("fewbits quantize '/a b/c' x/y --bpw 4") == "fewbits quantize c x/y --bpw 4"
 
 
+def test_a_changed_command_is_still_cut() -> None:
+    assert without_folders("fewbits '/a/b\n") == "fewbits ''\"'\"'/a/b'"
+    assert without_folders("fewbits /a/b 'c\n") == "fewbits b ''\"'\"'c'"
+
+
 def test_a_name_with_markup_is_no_markup() -> None:
     text = card(replace(whole(), source="a|b<script>", base_model=None))
     assert "a\\|b\\<script\\>" in text
@@ -106,4 +111,4 @@ def test_what_is_typed_names_the_checkpoint(kind: str) -> None:
     assert text.count("a-model") > len(WAYS[kind])
     for way in WAYS[kind]:
         if way.language == "python":
-            compile(way.text.format(name="a-model"), kind, "exec")
+            compile(way.text.format(name="'a-model'"), kind, "exec")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from drawn import assert_inside, labels, marks, parsed, tips
+from drawn import assert_inside, labels, marks, parsed, tips, turned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import points
@@ -105,6 +105,14 @@ def test_columns_of_a_map_are_in_their_order() -> None:
     heads = sorted((label.left, label.text) for label in labels(root) if label.text.startswith("c"))
     assert lefts == sorted(lefts)
     assert [text for _, text in heads] == [f"c{j}" for j in range(7)]
+
+
+def test_names_too_long_for_their_columns_rise_at_an_angle() -> None:
+    names = [f"a_very_long_name_of_part_number_{j}" for j in range(14)]
+    cells = {(0, j): Cell(1.0, "a cell") for j in range(14)}
+    root = parsed(heat(["0"], names, cells, 460, "", str))
+    assert len(turned(root)) == 14
+    assert_inside(root)
 
 
 @settings(max_examples=50, deadline=None)

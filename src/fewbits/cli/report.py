@@ -66,8 +66,11 @@ def run(args: argparse.Namespace) -> Reported:
     _require_own(path, PAGE_MARKER)
     if args.markdown:
         _require_own(beside, MARKER)
-    if args.png:
+    drawn = path.with_suffix(".png") if args.png else None
+    if drawn is not None:
         browser()  # before the measuring, which may take long
+        if drawn.exists() and not path.exists():
+            raise OutputError(f"{drawn}: exists, and no report wrote it; move it away")
     wanted = Wanted(args.text, args.windows, args.length, device=args.device, speed=not args.no_speed)
     with progress_bar() as progress:
         found = gather(args.out, args.against, wanted, progress)
@@ -75,7 +78,6 @@ def run(args: argparse.Namespace) -> Reported:
     _write(path, text)
     if args.markdown:
         _write(beside, card(found, args.base_model))
-    drawn = path.with_suffix(".png") if args.png else None
     if drawn is not None:
         picture(text, drawn)
     if args.open:

@@ -28,7 +28,7 @@ from fewbits.pipeline._estimate import source_bytes
 from fewbits.pipeline._histograms import histograms
 from fewbits.pipeline._quantize import output_bytes
 from fewbits.pipeline._source import HUB_NAME, Unscaled, cut, local_folder, open_any
-from fewbits.pipeline._tensors import absent, tensor_facts, weight_parts
+from fewbits.pipeline._tensors import absent, tensor_facts, weight_parts, words
 from fewbits.pipeline._verify import relative_error, verify
 from fewbits.results import Benchmark, CalibrationReport, Verification
 
@@ -265,13 +265,13 @@ def _origins(document: Mapping[str, Any], source: _Source | None, reader: Reader
     """What is known of where it comes from."""
     made_with = {key: str(document[key]) for key in ("fewbits", "torch") if key in document}
     return {
-        "source": document.get("source") or (None if source is None else source.folder.name),
+        "source": words(document.get("source")) or (None if source is None else source.folder.name),
         "source_bytes": None if source is None else source_bytes(source.reader),
         "base_model": None if source is None else hub_name(source.named, source.folder),
         "license": next(filter(None, _licenses(source, reader)), None),
-        "method": document.get("method"),
-        "imatrix": document.get("imatrix"),
-        "made_by": document.get("command"),
+        "method": words(document.get("method")),
+        "imatrix": words(document.get("imatrix")),
+        "made_by": words(document.get("command")),
         "made_with": made_with or None,
     }
 
@@ -300,8 +300,8 @@ def _licenses(source: _Source | None, reader: Reader) -> Iterator[str | None]:
     """Of the original's card, of its configuration, of this one's."""
     if source is not None:
         yield _card_license(source.folder / "README.md")
-        yield _text(source.reader.config.get("license"))
-    yield _text(reader.config.get("license") or reader.config.get("general.license"))
+        yield words(source.reader.config.get("license"))
+    yield words(reader.config.get("license") or reader.config.get("general.license"))
 
 
 def _card_license(card: Path) -> str | None:
@@ -311,7 +311,3 @@ def _card_license(card: Path) -> str | None:
         return None
     named = _LICENSE.search(found["yaml"]) if found else None
     return named["name"] if named else None
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None

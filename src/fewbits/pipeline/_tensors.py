@@ -33,11 +33,20 @@ def tensor_facts(kind: Kind, reader: Reader, lines: Mapping[str, Any]) -> tuple[
                 floating=isinstance(entry.format, Float),
                 nbytes=kind.file_bytes(entry.format, entry.shape),
                 error=None if error is None else finite(error),
-                digest=next(iter((line.get("digests") or {}).values()), None),
-                **{key: line.get(key) for key in ("fate", "method", "reason", "source")},
+                digest=_first(line.get("digests")),
+                **{key: words(line.get(key)) for key in ("fate", "method", "reason", "source")},
             )
         )
     return tuple(found)
+
+
+def _first(digests: Any) -> str | None:
+    return words(next(iter(digests.values()), None)) if isinstance(digests, dict) else None
+
+
+def words(value: Any) -> str | None:
+    """A text of a file that may be anybody's; None for anything else."""
+    return value if isinstance(value, str) and value else None
 
 
 def absent(lines: Mapping[str, Any]) -> Iterator[Absent]:
@@ -49,12 +58,12 @@ def absent(lines: Mapping[str, Any]) -> Iterator[Absent]:
 
 def place(name: str) -> tuple[int | None, str]:
     """(layer, name inside it) of a tensor: the layer is the first number in its name, further ones are experts'."""
-    words = name.removesuffix(".weight").split(".")
-    first = next((i for i, word in enumerate(words) if word.isdigit()), None)
+    parts = name.removesuffix(".weight").split(".")
+    first = next((i for i, word in enumerate(parts) if word.isdigit()), None)
     if first is None:
-        return None, ".".join(words)
-    inside = [NUMBERED if word.isdigit() else word for word in words[first + 1 :]]
-    return int(words[first]), ".".join(inside) or words[first]
+        return None, ".".join(parts)
+    inside = [NUMBERED if word.isdigit() else word for word in parts[first + 1 :]]
+    return int(parts[first]), ".".join(inside) or parts[first]
 
 
 def weight_parts(tensors: Sequence[TensorFacts], reader: Reader) -> tuple[Part, ...]:

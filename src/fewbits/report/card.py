@@ -68,5 +68,8 @@ def cell(text: str) -> str:
 
 def without_folders(command: str) -> str:
     """A command with each absolute path cut to its last part."""
-    words = (PurePath(word).name if PurePath(word).is_absolute() else word for word in shlex.split(command))
-    return shlex.join(words)
+    try:
+        words = shlex.split(command)
+    except ValueError:  # somebody changed it
+        words = command.split()
+    return shown(shlex.join(PurePath(word).name if PurePath(word).is_absolute() else word for word in words))

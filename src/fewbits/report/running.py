@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import shlex
+from dataclasses import dataclass, replace
 
 TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({name})
+tokenizer = AutoTokenizer.from_pretrained({name})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
 WITH_FEWBITS = "import fewbits  # teaches transformers these files\n" + TRANSFORMERS
@@ -43,7 +45,7 @@ WAYS: dict[str, tuple[Way, ...]] = {
     "bitnet": (_PLAIN, _OWN),
     "mlx": (Way("MLX", "sh", MLX), _OWN),
     "huggingface": (_PLAIN, _VLLM, _OWN),
-    "fewbits": (_TAUGHT, _OWN),
+    "fewbits": (_OWN,),
 }
 """Kind of checkpoint -> ways to run it; kinds that are not here are run by fewbits."""
 
@@ -52,8 +54,9 @@ LIBRARIES = {"gguf": "gguf", "mlx": "mlx", "fewbits": "fewbits"}
 
 
 def ways(kind: str, name: str) -> list[Way]:
-    """The ways for a kind, with the checkpoint's name."""
-    return [Way(way.tool, way.language, way.text.format(name=name)) for way in WAYS.get(kind, (_OWN,))]
+    """The ways for a kind, with the checkpoint's name, quoted as each language does it."""
+    quoted = {"sh": shlex.quote(name), "python": json.dumps(name)}
+    return [replace(way, text=way.text.format(name=quoted[way.language])) for way in WAYS.get(kind, (_OWN,))]
 
 
 def library(kind: str) -> str:
