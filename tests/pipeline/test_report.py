@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from fewbits import origin
 from fewbits.checkpoint import open_checkpoint
 from fewbits.errors import CheckpointError
 from fewbits.findings import Report
-from fewbits.formats import FORMATS, QTensor
+from fewbits.formats import FORMATS, Grouped, QTensor
+from fewbits.formats.explain import code_bits
+from fewbits.methods import quantize_tensor
 from fewbits.pipeline import _told as told
 from fewbits.pipeline import make_plan, quantize
-from fewbits.pipeline._histograms import histogram, in_units
+from fewbits.pipeline._histograms import SAME, histogram, in_units
 from fewbits.pipeline._report import Wanted, gather, hub_name
 from fewbits.pipeline._tensors import place
 from fewbits.plan.planned import Budget
@@ -197,6 +200,19 @@ def test_units_of_a_scale_are_levels() -> None:
     assert units[0].tolist() == list(range(-8, 8))
 
 
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if isinstance(format, Grouped)])
+def test_levels_are_the_same_in_all_groups(name: str) -> None:
+    """In units of the scale a format has at most as many levels as codes, whatever its groups' scales are."""
+    format = FORMATS[name]
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(64, 512, generator=generator) * torch.rand(64, 1, generator=generator)
+    q = quantize_tensor(w, format, method="rtn-plain")
+    used, units = in_units(q, q.dequantize())
+    assert bool(units[used].isfinite().all())
+    levels = torch.unique((units[used] / SAME).round())
+    assert len(levels) <= 2 ** math.ceil(code_bits(format))
+
+
 def test_samples_of_a_large_matrix_are_small(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fewbits.pipeline import _histograms
 
@@ -209,6 +225,15 @@ def test_samples_of_a_large_matrix_are_small(tmp_path: Path, llama: Path, monkey
     assert found.sampled == 2048
     assert len(found.levels) <= 16
     assert found.low < -7
+
+
+def test_weights_that_were_rewritten_are_not_laid_beside(llama: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    quantize(llama, out, format="int4-g32", method="rotate+rtn", prove=False)
+    found = gather(out, llama, QUICK)
+    assert [each.counts for each in found.histograms] == [()]
+    assert "transform rewrote them" in found.missing["original weights"]
 
 
 def test_names_on_the_hub(tmp_path: Path) -> None:

@@ -197,6 +197,16 @@ def test_sticks_stand_at_their_levels() -> None:
     assert_inside(root)
 
 
+def test_without_levels_nothing_is_written_at_the_area() -> None:
+    found = Histogram("a.weight", "fp8-e4m3", 100, -400.0, 400.0, (1, 5, 3, 2), (), ())
+    root = parsed(histogram(found, 460, 220, ""))
+    assert ticks(root, "y") == {}
+    (area,) = root.iter("polygon")
+    heights = [float(point.split(",")[1]) for point in area.attrib["points"].split()]
+    assert 30 <= min(heights) < max(heights) == 220 - 44
+    assert not marks(root, "line", "stick")
+
+
 def test_without_the_original_there_is_no_area() -> None:
     root = parsed(histogram(level((0.5, 0.5), ()), 460, 220, ""))
     assert not list(root.iter("polygon"))

@@ -21,7 +21,7 @@ from fewbits.evals.predictions import predictions
 from fewbits.evals.speed import Load, benchmark
 from fewbits.evals.text import LENGTH, WINDOWS
 from fewbits.evals.tokenizer import tokenizer_of
-from fewbits.findings import Energy, MemoryFacts, Predictions, Report, TensorFacts
+from fewbits.findings import Energy, Histogram, MemoryFacts, Predictions, Report, TensorFacts
 from fewbits.models import Piece, cache_shape, describe
 from fewbits.pipeline import _told as told
 from fewbits.pipeline._estimate import source_bytes
@@ -38,6 +38,7 @@ PROMPT, NEW = 512, 64  # tokens that speed is measured with, at most
 
 AGAINST = "give the original: --against MODEL"
 LEDGER = "there is no ledger (fewbits.json) with this checkpoint: fewbits did not write it"
+REWRITTEN = "an exact transform rewrote them first, or it has no tensor of that shape, so they cannot be laid beside"
 PLAN = "it was not made by a plan (fewbits quantize MODEL OUT --bpw 4.25, or --plan FILE, measures what bits buy where)"
 TRAINING = "it was not trained (fewbits train qat MODEL OUT --format … --data TEXT)"
 CALIBRATION = "it was made without text (methods such as gptq, awq and tune run the model on some)"
@@ -195,13 +196,16 @@ def _histograms(
     source: _Source | None,
     document: Mapping[str, Any],
     missing: MutableMapping[str, str],
-) -> tuple[Any, ...]:
+) -> tuple[Histogram, ...]:
     if source is None:
         missing["original weights"] = AGAINST
         return tuple(histograms(reader, tensors, None, {}))
     lines = document.get("tensors", {})
     kept = {t.name: p for t in tensors if (p := source.of(t)) and not lines.get(t.name, {}).get("transformed")}
-    return tuple(histograms(reader, tensors, source.reader, kept))
+    found = tuple(histograms(reader, tensors, source.reader, kept))
+    if not all(each.counts for each in found):
+        missing["original weights"] = REWRITTEN
+    return found
 
 
 def _predictions(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 from fewbits.findings import Histogram
-from fewbits.report.axes import linear, within
+from fewbits.report.axes import Axis, linear, within
 from fewbits.report.numbers import number
 from fewbits.report.plots.frame import frame
 from fewbits.report.svg import Drawing
 
-HEADROOM = 1.08
+HEADROOM = 1.08  # of the area, where there are no sticks
 
 
 def histogram(found: Histogram, width: float, height: float, label: str) -> str:
@@ -19,9 +19,10 @@ def histogram(found: Histogram, width: float, height: float, label: str) -> str:
     drawing = Drawing(width, height, label)
     highest = 100 * max(found.shares, default=0.0)
     across = within("weight, in units of its group’s scale", found.low, found.high, int(width // 70))
-    area = frame(drawing, across, linear("% of weights at a level" if found.levels else "", 0, highest or 1, 4))
+    shares = linear("% of weights at a level", 0, highest, 4) if found.levels else Axis("", 0, HEADROOM, {})
+    area = frame(drawing, across, shares)
     if found.counts:
-        top = (highest or area.up.high) / max(found.counts) / (1 if found.levels else HEADROOM)
+        top = (highest or 1.0) / max(found.counts)
         step = (found.high - found.low) / len(found.counts)
         edges = [found.low + i * step for i in range(len(found.counts) + 1)]
         outline = [
