@@ -11,7 +11,7 @@ import fewbits
 
 PACKAGE = Path(fewbits.__file__).parent
 
-OPEN = {"errors", "extensions", "results"}
+OPEN = {"errors", "extensions", "findings", "origin", "results"}
 MAY_IMPORT: dict[str, set[str]] = {
     "formats": set(),
     "stats": {"formats", "kernels"},

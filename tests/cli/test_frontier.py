@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from fewbits.cli._axes import axes_of
 from fewbits.cli._frontier import draw_image, draw_terminal
-from fewbits.cli._labels import Box, place
 from fewbits.errors import FewbitsError, OutputError
+from fewbits.report.axes import axes_of
+from fewbits.report.labels import Box, place
 from fewbits.results import FrontierPoint
 
 PLANS = [FrontierPoint(f"{n} GB", n * 10**9, 2.0**-n, "plan", n % 2 == 0) for n in range(2, 9)]

@@ -88,7 +88,7 @@ def test_windows_are_resampled_whole():
     comparison = Comparison()
     for mean in means:
         comparison.kld.append(torch.full((50,), mean, dtype=torch.float64))
-        for kept in (comparison.loss, comparison.reference_loss, comparison.agrees):
+        for kept in (comparison.loss, comparison.reference_loss, comparison.top, comparison.reference_top):
             kept.append(torch.ones(50, dtype=torch.float64))
     figures = comparison.figures()
     expected = means.std(ddof=1) / math.sqrt(30)
@@ -106,7 +106,8 @@ def test_the_error_of_a_paired_ratio_is_smaller_than_that_of_its_parts():
         comparison.reference_loss.append(hard.expand(10))
         comparison.loss.append(hard.expand(10) + 0.01)
         comparison.kld.append(torch.zeros(10, dtype=torch.float64))
-        comparison.agrees.append(torch.ones(10, dtype=torch.float64))
+        for kept in (comparison.top, comparison.reference_top):
+            kept.append(torch.ones(10, dtype=torch.float64))
     figures = comparison.figures()
     assert figures["perplexity_ratio"].value == pytest.approx(math.exp(0.01))
     assert figures["perplexity_ratio"].error < 1e-9 < figures["perplexity"].error

@@ -21,6 +21,7 @@ from fewbits.pipeline import _qat
 from fewbits.pipeline._journal import unfinished
 from fewbits.pipeline._qat import Qat, train_qat
 from fewbits.pipeline._qlora import Qlora, train_qlora
+from fewbits.pipeline._told import training
 from fewbits.results import Training
 from fewbits.train import Course, Length, Student
 from fewbits.train.course import FLOOR
@@ -115,6 +116,9 @@ def test_it_gets_better(tmp_path: Path) -> None:
     assert [point.step for point in result.curve] == sorted(point.step for point in result.curve)
     ledger = json.loads((tmp_path / "out" / "fewbits.json").read_text())
     assert ledger["method"] == "rtn+qat"
+    told = training(ledger["training"])
+    assert (told.start, told.steps, told.tokens) == ("rtn", result.steps, result.tokens)
+    assert (told.before, told.after, told.curve) == (result.before, result.after, result.curve)
 
 
 def at_step(step: int, action: Callable[[], None]) -> Callable[[int, int, str], None]:

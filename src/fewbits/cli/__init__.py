@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fewbits import origin
 from fewbits.cli import (
     bench,
     chat,
@@ -41,6 +42,7 @@ from fewbits.cli import (
     methods,
     plan,
     quantize,
+    report,
     train,
     verify,
 )
@@ -60,6 +62,7 @@ VERBS = (
     generate,
     chat,
     bench,
+    report,
     imatrix,
     inspect,
     formats,
@@ -79,9 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # operations up to three times as fast as none.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    args = _parser().parse_args(_with_negative_numbers(sys.argv[1:] if argv is None else argv))
+    given = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(_with_negative_numbers(given))
     try:
-        result = args.run(args)
+        with origin.running(given):
+            result = args.run(args)
         if not speaks():
             pass
         elif args.json:

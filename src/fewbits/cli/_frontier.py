@@ -14,10 +14,10 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from fewbits.cli._axes import Axis, axes_of
-from fewbits.cli._labels import Box, place
 from fewbits.cli._print import number, size
 from fewbits.errors import FewbitsError, OutputError
+from fewbits.report.axes import Axis, axes_of
+from fewbits.report.labels import Box, place
 from fewbits.results import FrontierPoint
 
 if TYPE_CHECKING:

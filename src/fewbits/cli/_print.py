@@ -1,7 +1,7 @@
 """What verbs print with: tables, sizes, a progress bar.
 
 Tables are aligned columns without boxes; they wrap at the terminal's width and lose colour where stdout is no terminal.
-GB are 10⁹ bytes and MB 10⁶, as on a disk's label.
+Numbers are written as reports write them (`report.numbers`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,22 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from fewbits.report.numbers import count, number, size
+
+__all__ = [
+    "EXIT_CODES",
+    "Progress",
+    "console",
+    "count",
+    "error",
+    "number",
+    "printed",
+    "progress_bar",
+    "size",
+    "speaks",
+    "table",
+]
 
 EXIT_CODES = """\
 exit codes:
@@ -61,36 +77,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table
     for row in rows:
         made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))  # never markup: names have [ ]
     return made
-
-
-def size(count: float) -> str:
-    """Bytes, to three or four digits: 3.5 GB, 14 GB, 812 MB."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor * 0.99995:
-            return f"{number(count / factor)} {unit}"
-    return f"{count:.0f} B"
-
-
-def count(n: float) -> str:
-    """A count of weights: 7B, 1.24B, 494M, 260k."""
-    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= factor * 0.99995:
-            return f"{number(n / factor)}{unit}"
-    return f"{n:.0f}"
-
-
-def number(x: float, digits: int = 4) -> str:
-    """A number to so many significant digits, without trailing zeros, and without an exponent from 1e-4 to 1e6."""
-    if x == 0:
-        return "0"
-    if 1e-4 <= abs(x) < 1e6:
-        text = f"{x:.{digits}g}"
-        if "e" in text:
-            text = f"{x:.0f}"
-        return text.replace("-", "−")
-    mantissa, exponent = f"{x:.{digits - 1}e}".split("e")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return f"{mantissa}e{int(exponent)}".replace("-", "−")
 
 
 Progress = Callable[[int, int, str], None]

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DEFAULT = Path("plan.json")
-POINTS = 14  # sizes at which the frontier is drawn
 
 
 @dataclass(frozen=True)
@@ -136,28 +135,16 @@ def run(args: argparse.Namespace) -> Made:
 def _made(plan: Planned, path: Path | None, args: argparse.Namespace) -> Made:
     """What was asked about a plan besides; its picture is drawn here, because `show` writes no files."""
     from fewbits.cli._frontier import draw_image
+    from fewbits.plan.planned import expected
 
     explained = _matching(plan, args.explain) if args.explain else ()
     if args.frontier is None:
         return Made(plan, path, explained, ())
-    points = (*_points(plan), *(_peers(args.peers) if args.peers else ()))
+    points = (*expected(plan), *(_peers(args.peers) if args.peers else ()))
     image = Path(args.frontier) if args.frontier else None
     if image is not None:
         draw_image(points, image, f"{plan.model}: size against divergence", _caption(plan))
     return Made(plan, path, explained, points, image)
-
-
-def _points(plan: Planned) -> tuple[FrontierPoint, ...]:
-    """The plan, the best ones of other sizes, and presets, all as expected."""
-    from fewbits.plan.solve import frontier
-
-    others = [choice for choice in frontier(plan.table, POINTS) if choice != plan.formats]
-    best = [("", plan.table.nbytes(choice), plan.table.divergence(choice)) for choice in others]
-    plans = [("this plan", plan.nbytes, plan.divergence), *best]
-    return (
-        *(FrontierPoint(name, n, d, "plan", measured=False) for name, n, d in plans if d > 0),
-        *(FrontierPoint(name, n, d, "preset", measured=False) for name, (n, d) in plan.presets.items()),
-    )
 
 
 def _peers(path: Path) -> tuple[FrontierPoint, ...]:

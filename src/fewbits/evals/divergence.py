@@ -55,6 +55,12 @@ def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def top_probability(logits: Tensor) -> Tensor:
+    """Probability of the most likely token at logits [T, vocab], float64 [T]."""
+    logits = logits.float()
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp().double()
+
+
 def require_numbers(logits: Tensor, name: str) -> None:
     """Raise VerificationError if logits hold NaN."""
     if bool(logits.isnan().any()):
@@ -73,12 +79,23 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
 
 @dataclass
 class Comparison:
-    """What is kept of each window: four numbers a token, float64 [length − 1] each, on the CPU."""
+    """What is kept of each window: a few numbers a token, float64 [length − 1] each, on the CPU.
+
+    top is the most likely token (int64), top_probability its probability, reference_… are the original's.
+    """
 
     reference_loss: list[Tensor] = field(default_factory=list)
     loss: list[Tensor] = field(default_factory=list)
     kld: list[Tensor] = field(default_factory=list)
-    agrees: list[Tensor] = field(default_factory=list)
+    reference_top: list[Tensor] = field(default_factory=list)
+    top: list[Tensor] = field(default_factory=list)
+    reference_top_probability: list[Tensor] = field(default_factory=list)
+    top_probability: list[Tensor] = field(default_factory=list)
+
+    @property
+    def agrees(self) -> list[Tensor]:
+        """1 where the most likely tokens are the same."""
+        return [(ours == theirs).double() for ours, theirs in zip(self.top, self.reference_top, strict=True)]
 
     def figures(self) -> dict[str, Figure]:
         """Every figure of results.Evaluation, by its name there."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ from fewbits.checkpoint import read_ledger
 from fewbits.engine import fast_float32, is_causal, load, open_weights
 from fewbits.errors import CheckpointError, FewbitsError, UnsupportedError
 from fewbits.evals.calibration import SELF, calibration_windows
-from fewbits.evals.divergence import Comparison, kl_divergence, require_numbers, require_windows, token_losses
+from fewbits.evals.divergence import (
+    Comparison,
+    kl_divergence,
+    require_numbers,
+    require_windows,
+    token_losses,
+    top_probability,
+)
 from fewbits.evals.reference import (
     Prediction,
     Reference,
@@ -60,21 +68,56 @@ def evaluate(
     Raises UnsupportedError for models that do not predict next tokens or have different vocabularies, CheckpointError
     for a text that is too short.
     """
+    return compare(
+        model,
+        against,
+        text=text,
+        windows=windows,
+        length=length,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    ).evaluation
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An evaluation, the windows it was made on, and what was found at every token of them."""
+
+    evaluation: Evaluation
+    windows: Windows
+    comparison: Comparison
+
+
+def compare(
+    model: str | Path,
+    against: str | Path,
+    *,
+    text: str | Path | None = None,
+    windows: int = WINDOWS,
+    length: int = LENGTH,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Compared:
+    """What `evaluate` finds, with what it finds it from."""
     job = _Job(Path(model), Path(against), windows, length, torch.device(device), dtype, progress or _silent)
     job.check()
     with fast_float32(device):
         reference = job.reference(None if text is None else Path(text), seed)
-        figures = job.compare(reference).figures()
-    tokens = reference.windows.ids[:, 1:].numel()
-    return Evaluation(
+        comparison = job.compare(reference)
+    evaluation = Evaluation(
         model=str(model),
         against=str(against),
         text=reference.windows.description,
-        tokens=tokens,
+        tokens=reference.windows.ids[:, 1:].numel(),
         windows=len(reference.windows.ids),
         warning=calibration_warning(Path(model), Path(against), reference.windows),
-        **figures,
+        **comparison.figures(),
     )
+    return Compared(evaluation, reference.windows, comparison)
 
 
 def calibration_warning(model: Path, against: Path, evaluated: Windows) -> str | None:
@@ -149,7 +192,10 @@ class _Job:
             comparison.reference_loss.append(original.loss)
             comparison.loss.append(ours.loss.cpu())
             comparison.kld.append(kl_divergence(original.logits.to(self.device), ours.logits).cpu())
-            comparison.agrees.append((original.top == ours.top.cpu()).double())
+            comparison.reference_top.append(original.top)
+            comparison.top.append(ours.top.cpu())
+            comparison.reference_top_probability.append(top_probability(original.logits))
+            comparison.top_probability.append(top_probability(ours.logits).cpu())
         return comparison
 
     def _recorded(self, path: Path, facts: Mapping[str, Any], source: Windows | int) -> Reference:

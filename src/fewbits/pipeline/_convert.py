@@ -31,7 +31,7 @@ from fewbits.pipeline._parts import numbers_of, part_in, spans
 from fewbits.pipeline._quantize import output_bytes, proven
 from fewbits.pipeline._source import local_folder
 from fewbits.pipeline._stages import Stages
-from fewbits.pipeline._stream import Meter, Progress, absences, account, companions, on_threads
+from fewbits.pipeline._stream import Meter, Progress, absences, account, companions, made_here, on_threads
 from fewbits.pipeline._verify import CONVERTED
 from fewbits.results import Conversion, Evaluation, MovedTensor, TensorReport
 
@@ -196,6 +196,7 @@ def _document(job: Conversions, ledger: Sequence[TensorReport]) -> dict[str, Any
         "kind": job.kind.name,
         "method": CONVERTED,
         "torch": torch.__version__,
+        **made_here(),
         "tensors": [{key: value for key, value in asdict(line).items() if value is not None} for line in ledger],
     }
 

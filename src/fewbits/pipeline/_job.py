@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Job:
     calibrated: CalibrationReport | None = None
     trials: tuple[Trial, ...] = ()
     finished_by: tuple[str, ...] = ()  # finishers that were added to the recipe
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what else the ledger says: of a plan, of a training
 
     @property
     def method_name(self) -> str:

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from fewbits.errors import UnsupportedError
 from fewbits.evals import Windows
 from fewbits.evals.tokenizer import tokenizer_of
 from fewbits.evals.whole_text import read_all
+from fewbits.findings import TrainingFacts
 from fewbits.formats import Format, QTensor
 from fewbits.methods.products import product_type
 from fewbits.models import Role, Slot
@@ -129,7 +130,9 @@ def train_qat(
         trained = _trained(run, text, held, qat, stages.next(1 - START_SHARE - WRITING_SHARE))
         with processes.main_first():
             if processes.is_main():
-                done = replace(run, stage=QAT, divergence=trained.after).job(replace(job, finished_by=(QAT,)))
+                facts = _facts(start, text, trained, qat)
+                job = replace(job, finished_by=(QAT,), facts={"training": asdict(facts)})
+                done = replace(run, stage=QAT, divergence=trained.after).job(job)
                 reports = write(done, threads or os.cpu_count() or 1, stages.next(WRITING_SHARE / 2))
                 decoder = proven(done.out, done.source, stages.next(WRITING_SHARE / 2)) if prove else None
                 run.journal.remove()
@@ -139,9 +142,9 @@ def train_qat(
                     kind=job.kind.name,
                     format=parse(format).name,
                     start=start,
-                    data=text.description,
-                    steps=trained.steps,
-                    tokens=trained.steps * qat.batch * qat.accumulate * processes.count() * qat.window,
+                    data=facts.data,
+                    steps=facts.steps,
+                    tokens=facts.tokens,
                     seconds=time.monotonic() - began,
                     before=trained.before,
                     after=trained.after,
@@ -260,6 +263,19 @@ def _trained(run: Run, text: Windows, held: Windows, qat: Qat, progress: Progres
     if processes.is_main():
         _keep(run, student, solved, original)
     return trained
+
+
+def _facts(start: str, text: Windows, trained: Trained, qat: Qat) -> TrainingFacts:
+    """What the ledger tells of the training."""
+    return TrainingFacts(
+        start=start,
+        data=text.description,
+        steps=trained.steps,
+        tokens=trained.steps * qat.batch * qat.accumulate * processes.count() * qat.window,
+        before=trained.before,
+        after=trained.after,
+        curve=trained.curve,
+    )
 
 
 def student_of(

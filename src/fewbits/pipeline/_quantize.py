@@ -24,7 +24,7 @@ from fewbits.pipeline._job import Job, prepare
 from fewbits.pipeline._stages import Stages
 from fewbits.pipeline._stream import PART, Progress, run
 from fewbits.pipeline._verify import verify
-from fewbits.plan.planned import Planned
+from fewbits.plan.planned import Planned, in_brief
 from fewbits.plan.rules import parse
 from fewbits.plan.targets import target_named
 from fewbits.results import Estimate, Quantization
@@ -118,6 +118,8 @@ def quantize(
             job = stack.enter_context(solve_auto(auto, make, given, stages.next(solving.seconds)))
         elif ready is not None:
             job = stack.enter_context(solve(job, ready, stages.next(solving.seconds)))
+        if plan is not None:
+            job = replace(job, facts={"plan": in_brief(plan)})
         reports = run(job, threads, stages.next(need.seconds / (2 if prove else 1)))
         decoder = proven(job.out, job.source, stages.next(need.seconds / 2)) if prove else None
     return Quantization(

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fewbits import origin
 from fewbits.checkpoint import Entry, Kind, Reader, Writer
 from fewbits.errors import FormatError, LedgerError
 from fewbits.formats import Float, Format, QTensor
@@ -241,8 +242,15 @@ def ledger_document(job: Job, ledger: tuple[TensorReport, ...]) -> dict[str, Any
         "calibration": None if job.calibrated is None else asdict(job.calibrated),
         "imatrix": None if job.weighing is None else job.weighing.file,
         "torch": torch.__version__,
+        **made_here(),
+        **job.facts,
         "tensors": [{key: value for key, value in asdict(report).items() if value is not None} for report in ledger],
     }
+
+
+def made_here() -> dict[str, Any]:
+    """For a ledger: the command that writes it, if a command does."""
+    return {} if origin.command() is None else {"command": origin.command()}
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -16,8 +16,11 @@ from typing import Any
 from fewbits.errors import CheckpointError, OutputError, UnsupportedError
 from fewbits.formats import Format
 from fewbits.plan.rules import parse
-from fewbits.plan.solve import Choice, fewest_bytes, smallest_divergence
+from fewbits.plan.solve import Choice, fewest_bytes, frontier, smallest_divergence
 from fewbits.plan.table import Option, Table, Unit, undominated
+from fewbits.results import FrontierPoint
+
+POINTS = 14  # sizes at which the frontier is drawn
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,31 @@ def _next(unit: Unit, format: str) -> tuple[Option | None, float]:
     larger = [option for option in undominated(unit.options) if option.nbytes > now.nbytes]
     rates = [(now.divergence - option.divergence) / (option.nbytes - now.nbytes) for option in larger]
     return (larger[rates.index(max(rates))], max(rates)) if rates else (None, 0.0)
+
+
+def expected(plan: Planned) -> tuple[FrontierPoint, ...]:
+    """The plan, the best ones of other sizes, and presets, as the table expects them."""
+    others = [choice for choice in frontier(plan.table, POINTS) if choice != plan.formats]
+    best = [("", plan.table.nbytes(choice), plan.table.divergence(choice)) for choice in others]
+    plans = [("this plan", plan.nbytes, plan.divergence), *best]
+    return (
+        *(FrontierPoint(name, n, d, "plan", measured=False) for name, n, d in plans if d > 0),
+        *(FrontierPoint(name, n, d, "preset", measured=False) for name, (n, d) in plan.presets.items()),
+    )
+
+
+def in_brief(plan: Planned) -> dict[str, Any]:
+    """What a ledger tells of a plan: JSON values, with what the table leads to instead of the table."""
+    return {
+        "budget": {key: value for key, value in asdict(plan.budget).items() if value is not None},
+        "target": plan.target,
+        "method": plan.method,
+        "nbytes": plan.nbytes,
+        "divergence": plan.divergence,
+        "measured_on": plan.measured_on,
+        "trial": plan.trial,
+        "points": [asdict(point) for point in expected(plan)],
+    }
 
 
 def refuse_existing(path: Path) -> None:
