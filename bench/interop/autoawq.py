@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "awq-g128": {"q_group_size": 128},
     "awq-g64": {"q_group_size": 64},
     "awq-g32": {"q_group_size": 32},
+    "awq-g32-unclipped": {"q_group_size": 32, "clip": False},  # clipping wants multiples of 64 rows
 }
 
 
@@ -36,8 +37,14 @@ def write(model: Path, out: Path, setting: Mapping[str, Any]) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(model / "tokenizer.json"))
     loaded = AutoAWQForCausalLM.from_pretrained(str(model), device_map="cpu", torch_dtype=torch.float16)
     ids = torch.randint(loaded.model.config.vocab_size, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    settings = {"zero_point": True, "w_bit": 4, "version": "GEMM", **setting}
-    loaded.quantize(tokenizer, settings, calib_data=ids.tolist(), max_calib_samples=WINDOWS, max_calib_seq_len=LENGTH)
+    loaded.quantize(
+        tokenizer,
+        {"zero_point": True, "q_group_size": setting["q_group_size"], "w_bit": 4, "version": "GEMM"},
+        calib_data=ids.tolist(),
+        max_calib_samples=WINDOWS,
+        max_calib_seq_len=LENGTH,
+        apply_clip=setting.get("clip", True),
+    )
     loaded.save_quantized(str(out))
     tokenizer.save_pretrained(out)
 

@@ -287,6 +287,7 @@ def test_the_file_that_came_before_the_configuration_is_read(tmp_path):
 
 
 @pytest.mark.skipif(V1.decoder is None, reason="needs gptqmodel")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its temporary folders, left behind
 @pytest.mark.parametrize("kind", [V1, V2])
 def test_gptqmodel_decodes_every_matrix_bit_for_bit(tmp_path, kind):
     tensors = {
