@@ -154,6 +154,7 @@ def test_rounded_inputs_are_refused():
 
 
 @pytest.mark.skipif(KIND.decoder is None, reason="needs gptqmodel")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its temporary folders, left behind
 def test_gptqmodel_decodes_every_matrix_bit_for_bit(tmp_path):
     tensors = {"a.weight": matrix(shape=(96, 64)), "norm.weight": NORM}
     write(KIND, tmp_path / "out", tensors)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import save_model
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
-from transformers.integrations.finegrained_fp8 import Fp8Quantize
+from transformers.integrations.finegrained_fp8 import FP8Linear, Fp8Quantize
 
 import fewbits
 from fewbits.checkpoint import KINDS, Entry, open_checkpoint
@@ -114,11 +114,24 @@ def test_our_reader_gives_everything_back(tmp_path):
         reader.read("a.weight", slice(0, 2))
 
 
-def test_one_scale_stands_for_all_blocks(tmp_path):
-    q = quantized(FORMATS["fp8-e4m3-tensor"], random(256, 128))
+def test_one_scale_a_matrix_is_written_as_transformers_layers_hold_it(tmp_path):
+    q = quantized(FORMATS["fp8-e4m3-tensor"], random(100, 60))
     write(KIND, tmp_path / "out", {"a.weight": q})
-    assert load_file(tmp_path / "out/model.safetensors")["a.weight_scale_inv"].shape == (2, 1)
-    assert torch.equal(KIND.open(tmp_path / "out").read("a.weight").dequantize(), q.dequantize())
+    layer = FP8Linear(60, 100, block_size=None)
+    layer.load_state_dict(
+        {n.removeprefix("a."): array for n, array in load_file(tmp_path / "out/model.safetensors").items()}
+    )
+    assert torch.equal(layer.weight.float() * layer.weight_scale_inv, q.dequantize())
+    found = KIND.open(tmp_path / "out").read("a.weight")
+    assert found.format == q.format
+    assert torch.equal(found.dequantize(), q.dequantize())
+
+
+def test_one_size_of_blocks_for_all_layers(tmp_path):
+    formats = (FORMATS["fp8-e4m3-tensor"], FORMATS["fp8-e4m3-b128"])
+    entries = [Entry(f"{i}.weight", (128, 128), format) for i, format in enumerate(formats)]
+    with pytest.raises(UnsupportedError, match="one weight_block_size for all layers"):
+        KIND.create(tmp_path / "out", entries, tmp_path, {})
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -134,7 +147,7 @@ def test_one_scale_a_matrix(tmp_path, shape):
 def test_which_formats_it_holds():
     held = {f.name for f in FORMATS.values() if KIND.admits(KIND.entry("m.weight", (256, 256), f)) is None}
     assert held == {"fp8-e4m3-b128", "fp8-e4m3-tensor", "fp32", "fp16", "bf16"}
-    assert KIND.file_bytes(FORMATS["fp8-e4m3-tensor"], (256, 256)) == 256 * 256 + 4 * 4
+    assert KIND.file_bytes(FORMATS["fp8-e4m3-tensor"], (256, 256)) == 256 * 256 + 4
 
 
 @pytest.mark.parametrize(
@@ -152,11 +165,12 @@ def test_refusals(tmp_path, name, shape, format, message):
         KIND.create(tmp_path / "out", [entry], tmp_path, {})
 
 
-def test_transformers_loads_it_and_predicts_the_same(tmp_path):
-    save_model(tmp_path / "source", "llama", hidden_size=128, intermediate_size=256, num_key_value_heads=4)
-    made = fewbits.quantize(tmp_path / "source", tmp_path / "out", format="fp8-e4m3-b128", kind="fp8")
+@pytest.mark.parametrize(("format", "ffn"), [("fp8-e4m3-b128", 256), ("fp8-e4m3-tensor", 172)])
+def test_transformers_loads_it_and_predicts_the_same(tmp_path, format, ffn):
+    save_model(tmp_path / "source", "llama", hidden_size=128, intermediate_size=ffn, num_key_value_heads=4)
+    made = fewbits.quantize(tmp_path / "source", tmp_path / "out", format=format, kind="fp8")
     assert made.verified_with == "transformers"
-    assert sum(t.format == "fp8-e4m3-b128" for t in made.tensors) > 4
+    assert sum(t.format == format for t in made.tensors) > 4
     config = FineGrainedFP8Config.from_dict(
         json.loads((tmp_path / "out/config.json").read_text())["quantization_config"] | {"dequantize": True}
     )

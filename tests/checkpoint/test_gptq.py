@@ -287,6 +287,7 @@ def test_the_file_that_came_before_the_configuration_is_read(tmp_path):
 
 
 @pytest.mark.skipif(V1.decoder is None, reason="needs gptqmodel")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its temporary folders, left behind
 @pytest.mark.parametrize("kind", [V1, V2])
 def test_gptqmodel_decodes_every_matrix_bit_for_bit(tmp_path, kind):
     tensors = {
@@ -311,6 +312,18 @@ def test_models_are_written_read_and_run(tmp_path, format):
     with torch.inference_mode():
         logits = [fewbits.load(tmp_path / path)(ids).logits for path in ("out", "ours")]
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq-v2"])
+def test_what_only_a_scale_a_row_would_fit_is_kept(tmp_path, kind):
+    """72 columns fit no group, and a scale a row, in FP32, is no 16-bit number: GPTQ stores those only."""
+    save_model(tmp_path / "source", "llama", hidden_size=64, intermediate_size=72)
+    made = fewbits.quantize(tmp_path / "source", tmp_path / "out", format="int8-g64", kind=kind)
+    formats = {t.name.split(".")[-2]: (t.format, t.reason) for t in made.tensors if "proj" in t.name}
+    assert formats.pop("down_proj")[0] == "fp32"
+    assert {format for format, _ in formats.values()} == {"int8-g64"}
+    for t in made.tensors:
+        assert "down_proj" not in t.name or "in_features 72 is no multiple of int8-g64" in t.reason
 
 
 def test_a_model_with_its_columns_in_another_order_runs(tmp_path):

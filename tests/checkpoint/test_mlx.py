@@ -190,9 +190,11 @@ def test_damage_is_named(folder, arrays, message):
 
 
 def test_nothing_quantized(folder):
+    """As mlx-lm writes a model whose widths no group divides, and loads it."""
     rewrite(folder, remove=["a.weight", "a.scales", "a.biases"])
-    with pytest.raises(CheckpointError, match="no tensor has scales"):
-        open_checkpoint(folder)
+    kind, reader = open_checkpoint(folder)
+    assert kind is KIND
+    assert all(isinstance(entry.format, Float) for entry in reader.entries.values())
 
 
 JUNK = st.sampled_from([None, -1, 0, 3.5, 10**30, True, "x", "affine", [], [[]], {}, {"bits": 8}, 64])

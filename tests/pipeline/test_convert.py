@@ -201,6 +201,8 @@ FAMILIES = {
     "mistral": {"num_key_value_heads": 4, "sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16},
 }
 
@@ -215,7 +217,7 @@ def test_gguf_and_back_is_the_model_it_was(tmp_path: Path, kind: str, dtype: tor
     tokenizer = sentencepiece() if kind == "mistral" else None
     ids = {"bos_token_id": 1, "eos_token_id": 2} if tokenizer else {}
     model = save_model(folder, kind, tokenizer, **FAMILIES[kind] | ids)  # type: ignore[arg-type]
-    if kind == "gemma3_text":  # norms that GGUF's 1 + w holds: those of 8 bits, not smaller than 2^-15
+    if kind.startswith("gemma"):  # norms that GGUF's 1 + w holds: those of 8 bits, not smaller than 2^-15
         with torch.no_grad():
             for parameter in (p for n, p in model.named_parameters() if "norm" in n):
                 parameter.copy_((parameter * 64).round() / 64)

@@ -55,6 +55,7 @@ class Awq(Kind):
     name = "awq"
     summary = "safetensors folder of 4-bit integers with zero-points: vLLM, AutoAWQ and GPTQModel"
     decoder = "gptqmodel" if find_spec("gptqmodel") else None
+    fine_rows = False  # theirs are in 16 bits
 
     def detect(self, path: Path) -> bool:
         try:

@@ -117,6 +117,8 @@ class Kind(ABC):
     """The library, not ours, that `foreign` decodes with."""
     inputs: ClassVar[ActivationFormat | None] = None
     """What its engine rounds the inputs of every quantized matrix to; None where an entry may choose."""
+    fine_rows: ClassVar[bool] = True
+    """Whether it holds one scale a row as rounding makes it, in float32, so that this can stand in for a group."""
     written: ClassVar[bool] = True
     """Whether fewbits writes it, or only reads it."""
 

@@ -13,9 +13,9 @@ Despite its name the scale multiplies: w = weight · weight_scale_inv. On GPUs t
 at a time with scales as they come (or by a static activation_scale); elsewhere transformers decodes the weights and
 rounds no inputs, and so does fewbits.
 
-Written: `fp8-e4m3-b128`, and `fp8-e4m3-tensor`, whose one scale stands for all blocks. N and K must be multiples of
-128, because transformers takes a ragged grid for one of smaller blocks. Read: any size of block, ragged ones by the
-sizes that the configuration says.
+Written: `fp8-e4m3-b128`, whose N and K must be multiples of 128, because transformers takes a ragged grid for one of
+smaller blocks, or `fp8-e4m3-tensor`, of any shape; one of them, since the configuration has one size for all layers.
+Read: any size of block, ragged ones by the sizes that the configuration says.
 """
 
 from __future__ import annotations
@@ -62,11 +62,9 @@ class FineGrainedFp8(QuantizedFolder):
     def trouble(self, entry: Entry) -> str | None:
         return _format_trouble(entry) or _name_trouble(entry)
 
-    def file_bytes(self, format: Format, shape: tuple[int, ...]) -> int:
-        return super().file_bytes(BLOCKS if format == WHOLE else format, shape)
-
     def create(self, path: Path, entries: Sequence[Entry], source: Path, config: Mapping[str, Any]) -> Writer:
         require_admitted(self, entries)
+        _require_one_size(entries)
         return Fp8Writer(path, entries, source, config)
 
     def foreign(self, path: Path) -> Iterator[tuple[str, int, Tensor]]:
@@ -157,15 +155,16 @@ class Fp8Writer(FolderWriter):
     def arrays(self, entry: Entry) -> dict[str, ArraySpec]:
         if isinstance(entry.format, Float):
             return {entry.name: entry.format.arrays(entry.shape)["weight"]}
-        ours = BLOCKS.arrays(entry.shape)
-        return {entry.name: ours["weight"], entry.name + SCALE: ours["scale"]}
+        ours = entry.format.arrays(entry.shape)
+        scale = ArraySpec(torch.float32, ()) if entry.format == WHOLE else ours["scale"]
+        return {entry.name: ours["weight"], entry.name + SCALE: scale}
 
     def encode(self, entry: Entry, part: QTensor, *, last: bool) -> dict[str, Tensor]:
         if isinstance(entry.format, Float):
             return {entry.name: part.codes}
         ours = part.pack()
-        spec = BLOCKS.arrays(entry.shape)["scale"]
-        return {entry.name: ours["weight"], entry.name + SCALE: ours["scale"].expand(spec.shape)}
+        scale = ours["scale"].reshape(()) if entry.format == WHOLE else ours["scale"]
+        return {entry.name: ours["weight"], entry.name + SCALE: scale}
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         matrices = [e for e in self._entries if len(e.shape) == 2 and e.name.endswith(WEIGHT)]
@@ -180,7 +179,7 @@ class Fp8Writer(FolderWriter):
             "quantization_config": {
                 "quant_method": METHOD,
                 "activation_scheme": "dynamic",
-                "weight_block_size": [BLOCK, BLOCK],
+                "weight_block_size": [BLOCK, BLOCK] if _formats(self._entries) == {BLOCKS} else None,
                 "modules_to_not_convert": patterns(skipped, converted),
             }
         }
@@ -195,6 +194,19 @@ def _block(path: Path, quantization: Mapping[str, Any]) -> tuple[int, int] | Non
     if not sizes:
         raise CheckpointError(f"{path / CONFIG}: weight_block_size is {found!r}, must be [rows, columns] or null")
     return found[0], found[1]
+
+
+def _formats(entries: Sequence[Entry]) -> set[Format]:
+    return {entry.format for entry in entries if not isinstance(entry.format, Float)}
+
+
+def _require_one_size(entries: Sequence[Entry]) -> None:
+    """Raise UnsupportedError for scales of blocks beside scales of matrices."""
+    if len(_formats(entries)) > 1:
+        raise UnsupportedError(
+            f"an fp8 folder has one weight_block_size for all layers, but some are {WHOLE} and some {BLOCKS}; choose "
+            "one of them for all, or write compressed-tensors or fewbits instead"
+        )
 
 
 def _format_trouble(entry: Entry) -> str | None:
@@ -214,10 +226,10 @@ def _name_trouble(entry: Entry) -> str | None:
             f"fp8 folders quantize linear layers, whose weight is a matrix named '….weight', not {list(entry.shape)}; "
             "keep it in floating point, or write fewbits instead"
         )
-    if any(size % BLOCK for size in entry.shape):
+    if entry.format == BLOCKS and any(size % BLOCK for size in entry.shape):
         return (
             f"{list(entry.shape)} is not made of whole blocks of {BLOCK}×{BLOCK}, as transformers needs; keep it in "
-            "floating point, or write compressed-tensors or fewbits instead"
+            f"floating point, or choose {WHOLE}, or write compressed-tensors or fewbits instead"
         )
     return None
 

@@ -75,6 +75,7 @@ class Gptq(Kind):
     summary = "safetensors folder of integers in groups: vLLM and GPTQModel"
     decoder = "gptqmodel" if find_spec("gptqmodel") else None
     version: ClassVar[int] = 1
+    fine_rows = False  # theirs are in 16 bits
 
     def detect(self, path: Path) -> bool:
         try:

@@ -85,10 +85,6 @@ class MlxReader(Reader):
         }
         parts = {part for name in quantized for part in _parts(name)}
         self.entries = quantized | {name: self._plain(name) for name in self.folder.arrays if name not in parts}
-        if not quantized:
-            raise CheckpointError(
-                f"{path}: config.json has '{KEY}', but no tensor has scales; download all shards, or remove it"
-            )
 
     def read(self, name: str, rows: slice | None = None) -> QTensor:
         entry = self.entries.get(name)

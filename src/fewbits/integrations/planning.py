@@ -94,7 +94,14 @@ def _rules(config: Config, parts: Mapping[str, list[PlanTensor]], roles: Mapping
         return holder.admits(holder.entry(name, shape, format))
 
     vocabulary = None if config.vocabulary is None else parse(config.vocabulary)
-    return Rules(format=format, admits=admits, vocabulary=vocabulary, overrides=overrides, planned=formats)
+    return Rules(
+        format=format,
+        admits=admits,
+        vocabulary=vocabulary,
+        overrides=overrides,
+        fine_rows=kind.fine_rows,
+        planned=formats,
+    )
 
 
 def _as_in_files(name: str, role: Role, part: PlanTensor) -> bool:

@@ -111,6 +111,7 @@ def prepare(
         vocabulary=None if vocabulary is None else parse(vocabulary),
         overrides=tuple((p, None if f == "keep" else parse(f)) for p, f in (overrides or {}).items()),
         gguf=target.name == "gguf",
+        fine_rows=target.fine_rows,
         planned=planned,
     )
     plan = rules.plan(planned_for(pieces, reader))

@@ -64,7 +64,7 @@ class Rules:
     overrides: (regular expression, format) for tensors of the output whose name it is found in, before any other rule;
     None as format keeps them. planned: tensor -> format, of a plan that was made before; then every matrix must be in
     it. gguf: whether the output is a GGUF file (one-dimensional tensors in FP32, embeddings
-    quantized).
+    quantized). fine_rows: whether one scale a row may stand in for a group that fits no matrix (`Kind.fine_rows`).
     """
 
     format: Format
@@ -72,6 +72,7 @@ class Rules:
     vocabulary: Format | None = None
     overrides: tuple[tuple[str, Format | None], ...] = ()
     gguf: bool = False
+    fine_rows: bool = True
     planned: Mapping[str, Format] | None = None
 
     def plan(self, tensors: Sequence[Tensor]) -> Plan:
@@ -144,7 +145,7 @@ class Rules:
         refusal = self._refusal(tensor, format)
         if refusal is None:
             return Choice(format)
-        for narrower in narrowed(format, tensor.shape[-1]):
+        for narrower in narrowed(format, tensor.shape[-1], rows=self.fine_rows):
             if self._refusal(tensor, narrower) is None:
                 return Choice(narrower, f"{narrower} instead of {format}: {refusal}")
         return self._kept(tensor, refusal)
@@ -168,8 +169,10 @@ def _require_same_model(planned: Mapping[str, Format], tensors: Sequence[Tensor]
         )
 
 
-def narrowed(format: Format, in_features: int) -> list[Format]:
+def narrowed(format: Format, in_features: int, *, rows: bool = True) -> list[Format]:
     """The same format with a smaller group that divides in_features, largest first, then with one scale per row.
+
+    rows: whether that last one is wanted.
 
     Of GGUF's super-blocks of 256 the blocks of 32 that llama.cpp takes instead.
     """
@@ -186,7 +189,7 @@ def narrowed(format: Format, in_features: int) -> list[Format]:
     }
     smaller = sorted((g for g in groups if isinstance(g, int) and g < format.group), reverse=True)
     narrower: list[Format] = [replace(format, group=g) for g in smaller if in_features % g == 0]
-    return [*narrower, replace(format, group="row")] if "row" in groups else narrower
+    return [*narrower, replace(format, group="row")] if rows and "row" in groups else narrower
 
 
 def parse(format: str | Format) -> Format:
