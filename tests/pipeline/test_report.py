@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 import fewbits
 from fewbits import origin
@@ -25,6 +26,8 @@ from fewbits.pipeline._histograms import SAME, histogram, in_units
 from fewbits.pipeline._report import Wanted, gather, hub_name
 from fewbits.pipeline._tensors import place
 from fewbits.plan.planned import Budget
+from fewbits.report.card import card
+from fewbits.report.page import page
 from fewbits.results import CalibrationReport
 
 QUICK = Wanted(windows=3, length=24, speed=False)
@@ -147,6 +150,20 @@ def test_a_checkpoint_that_was_not_quantized(llama: Path) -> None:
     found = gather(llama, wanted=QUICK)
     assert found.histograms == ()
     assert {part.name for part in found.memory.weights} == {"kept in FP32"}
+
+
+def test_an_encoder_has_no_next_tokens(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    source, out = tmp_path / "source", tmp_path / "out"
+    BertModel(BertConfig(**shape, vocab_size=120, max_position_embeddings=64)).save_pretrained(source)
+    quantize(source, out, format="int8", kind="fewbits", prove=False)
+    found = gather(out, source, QUICK)
+    assert not found.language_model
+    assert found.missing["predictions"] == "it does not predict next tokens"
+    assert found.histograms[0].counts
+    assert {t.layer for t in found.tensors} == {0, 1, None}
+    assert "pipeline_tag" not in card(found)
+    assert "it does not predict next tokens" in page(found)
 
 
 def test_calibration_comes_back_as_it_went() -> None:

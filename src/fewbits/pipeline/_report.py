@@ -73,6 +73,7 @@ def gather(
     document = _ledger(out, missing)
     history = _history(document, missing)
     config = _config(out)
+    language_model = _is_language_model(config, kind)
     source = None if against is None else _Source(against, kind)
     tensors = tensor_facts(kind, reader, document.get("tensors", {}))
     tensors = _with_errors(tensors, reader, source, document, missing)
@@ -81,7 +82,7 @@ def gather(
         kind=kind.name,
         loaded_by=kind.summary,
         architecture=next(iter(config.get("architectures") or []), config.get("model_type")),
-        language_model=_is_language_model(config, kind),
+        language_model=language_model,
         weights=sum(tensor.weights for tensor in tensors),
         nbytes=sum(tensor.nbytes for tensor in tensors),
         file_bytes=output_bytes(out),
@@ -91,7 +92,7 @@ def gather(
         command=origin.command(),
         versions=origin.versions(),
         absent=tuple(absent(document.get("tensors", {}))),
-        predictions=_predictions(out, source, wanted, missing, progress),
+        predictions=_predictions(out, source, language_model, wanted, missing, progress),
         verification=_verified(out, document, source, progress),
         speed=_speed(out, config, wanted, missing, progress),
         energy=_energy(out, wanted, missing),
@@ -211,12 +212,16 @@ def _histograms(
 def _predictions(
     out: Path,
     source: _Source | None,
+    language_model: bool,
     wanted: Wanted,
     missing: MutableMapping[str, str],
     progress: Progress | None,
 ) -> Predictions | None:
     if source is None:
         missing["predictions"] = AGAINST
+        return None
+    if not language_model:
+        missing["predictions"] = "it does not predict next tokens"
         return None
     found = compare(
         out,
