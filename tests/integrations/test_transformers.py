@@ -215,7 +215,7 @@ def test_saved_in_a_standard_format_that_transformers_loads_alone(in_4_bits, lla
     decoded = rounded_copy(llama, matrices(in_4_bits), "int4-g32")
     with torch.no_grad():
         assert torch.allclose(theirs(IDS).logits, decoded(IDS).logits, atol=1e-4)
-    assert fewbits.verify(tmp_path / "out").passed
+    assert fewbits.verify(tmp_path / "out", llama).passed
     assert (tmp_path / "out" / "generation_config.json").is_file()
 
 
@@ -227,7 +227,7 @@ def test_saved_in_our_own_kind_it_loads_without_a_word(llama, tmp_path, how):
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert fewbits.verify(tmp_path / "out").passed
+    assert fewbits.verify(tmp_path / "out", llama).passed
     assert same_predictions(fewbits.load(tmp_path / "out"), again)
 
 
