@@ -8,7 +8,7 @@ demo: .venv/.ready  ## quantize, verify and evaluate the bundled model at 8, 4, 
 	$(BIN)/python -m fewbits demo
 
 test: .venv/.ready  ## the default tests (minutes)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-peers: .venv/.peers  ## the tests that run llama.cpp; builds it first (10 to 25 minutes)
 	$(BIN)/python -m pytest -n auto tests/models tests/pipeline

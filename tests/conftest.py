@@ -15,6 +15,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """README's commands first: one test that takes minutes, while other processes go through the rest."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 def _shared(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():
