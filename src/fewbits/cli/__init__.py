@@ -41,6 +41,7 @@ from fewbits.cli import (
     methods,
     plan,
     quantize,
+    serve,
     train,
     verify,
 )
@@ -59,6 +60,7 @@ VERBS = (
     evaluate,
     generate,
     chat,
+    serve,
     bench,
     imatrix,
     inspect,

@@ -94,9 +94,17 @@ class Text:
         """A token by itself, special ones too: what a list of alternatives shows."""
         return self.decode([token], skip_special=False)
 
-    def stream(self, *, continues: bool) -> Detokenizer:
-        """Text from tokens as they come. continues: it goes on from a prompt, rather than being a text of its own."""
-        return Detokenizer(self.vocabulary, continues=continues)
+    def stream(self, *, continues: bool, signs: Iterable[str] = ()) -> Detokenizer:
+        """Text from tokens as they come. continues: it goes on from a prompt, rather than being a text of its own.
+
+        signs: special tokens that are part of the text; names that the tokenizer does not know are text anyway.
+        """
+        found = (self._tokenizer.token_to_id(sign) for sign in signs)
+        return Detokenizer(self.vocabulary, continues=continues, signs=frozenset(i for i in found if i is not None))
+
+    def to_json(self) -> str:
+        """tokenizer.json with the special tokens that tokenizer_config.json adds, for others that read tokenizers."""
+        return str(self._tokenizer.to_str())
 
     def _beginning(self) -> list[int]:
         names = [self._special[name] for name in ("bos_token", "eos_token") if name in self._special]
