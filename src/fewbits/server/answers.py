@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 
 from fewbits.engine.batch import Member
 from fewbits.engine.sequences import Piece
@@ -33,14 +34,16 @@ class Bell:
             self._awaited = False
             self._loop.call_soon_threadsafe(self._event.set)
 
-    async def wait(self, until: Callable[[], bool]) -> None:
-        """Return when `until` is true, which it may become before a ring."""
-        while True:
-            self._event.clear()
-            self._awaited = True
-            if until():  # looked at after asking to be woken: what comes in between rings
-                return
-            await self._event.wait()
+    async def wait(self, until: Callable[[], bool], seconds: float | None = None) -> None:
+        """Return when `until` is true, which it may become before a ring, or so many seconds have passed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while True:
+                    self._event.clear()
+                    self._awaited = True
+                    if until():  # looked at after asking to be woken: what comes in between rings
+                        return
+                    await self._event.wait()
 
 
 class Answer:
@@ -60,16 +63,16 @@ class Answer:
 
     def _told(self) -> None:
         """Of the engine's thread."""
-        if self._ring_each or all(job.over for job in self.jobs):
+        if self._ring_each or any(job.over for job in self.jobs):
             self._bell.ring()
 
     async def pieces(self) -> AsyncIterator[tuple[int, list[Piece]]]:
         """The number of a text and its next tokens, until all are over. Raises Problem where one ends early."""
-        self._ring_each = True
         left = dict(enumerate(self.jobs))
         while left:
+            self._ring_each = True
             await self._bell.wait(lambda: any(job.over or _writing(job).pieces for job in left.values()))
-            woken = time.monotonic()
+            self._ring_each = False
             for i, job in list(left.items()):
                 over = job.over  # looked at before the pieces, of which the last ones come before it
                 if found := _fetched(job):
@@ -78,8 +81,8 @@ class Answer:
                 if over:
                     self._require_whole(job)
                     del left[i]
-            if left:
-                await asyncio.sleep(max(woken + EVERY - time.monotonic(), 0))
+            if left:  # the end of a text is told at once
+                await self._bell.wait(lambda: any(job.over for job in left.values()), EVERY)
 
     async def whole(self) -> list[list[Piece]]:
         """All tokens of all texts, when they are over. Raises Problem where one ends early."""
