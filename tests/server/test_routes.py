@@ -194,7 +194,12 @@ def test_models(client: OpenAI) -> None:
         ({"temperature": "hot"}, 400, "'temperature': Input should be a valid number", "temperature"),
         ({"prompt": ""}, 400, None, None),
         ({"prompt": [999999]}, 400, "token 999999 is none of the model's 3072", None),
-        ({"prompt": [PROMPT] * 5}, 400, "5 prompts with 1 texts each are more than the 4 texts of one request", "prompt"),
+        (
+            {"prompt": [PROMPT] * 5},
+            400,
+            "5 prompts with 1 texts each are more than the 4 texts of one request",
+            "prompt",
+        ),
         ({"prompt": "word " * 600}, 400, r"the prompt has \d+ tokens, and the context holds 512", None),
     ],
 )

@@ -26,6 +26,8 @@ from fewbits.engine.streaming import Detokenizer, Vocabulary
 from fewbits.errors import CheckpointError, RequestError
 
 Message = Mapping[str, Any]
+LONG = 2000
+"""Characters of a text that takes milliseconds to become tokens."""
 
 
 class Text:
@@ -65,7 +67,10 @@ class Text:
 
         An empty text becomes the token that begins one. Raises RequestError where there is none.
         """
-        tokens = self._tokenizer.encode(text, add_special_tokens=special).ids
+        if len(text) < LONG:
+            tokens = self._tokenizer.encode(text, add_special_tokens=special).ids
+        else:  # other Python threads run meanwhile
+            tokens = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return np.array(tokens or (self._beginning() if special else []), np.int32)
 
     def encode_messages(self, messages: Sequence[Message], **variables: Any) -> NDArray[np.int32]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from starlette.requests import Request
 
@@ -17,6 +17,8 @@ TOGETHER = 16
 DISCARDED = 4
 """Times the largest size that is read, and thrown away, of a body that is too large: a client that is still sending
 does not see an answer."""
+DISCARDING = 5.0
+"""Seconds that this may take."""
 
 
 class Bodies:
@@ -34,27 +36,46 @@ class Bodies:
         are being read, 408 for one that does not arrive.
         """
         _require_json(request)
+        if int(request.headers.get("content-length", 0)) > self.largest:
+            raise await self._too_large(request)
         parts: list[bytes] = []
         try:
             async with asyncio.timeout(SECONDS):
-                async for part in request.stream():
-                    self.held += len(part)
+                async for part in _stream(request):
                     parts.append(part)
-                    await self._require_room(request, sum(map(len, parts)))
+                    self.held += len(part)
+                    if sum(map(len, parts)) > self.largest:
+                        raise await self._too_large(request)
+                    if self.held > self.together:
+                        message = "too many large requests at a time; ask again in a moment"
+                        raise Problem(429, message, code="bodies_full")
             yield b"".join(parts)
         except TimeoutError:
             raise Problem(408, f"the body did not arrive within {SECONDS:g} seconds", code="body_timeout") from None
         finally:
             self.held -= sum(map(len, parts))
 
-    async def _require_room(self, request: Request, size: int) -> None:
-        size = max(size, int(request.headers.get("content-length", 0)))
-        if size > self.largest:
-            await _discard(request, DISCARDED * self.largest)
-            message = f"the body has more than {self.largest} bytes; send less, or start the server with --max-body"
-            raise Problem(413, message, code="body_too_large", headers={"Connection": "close"})
-        if self.held > self.together:
-            raise Problem(429, "too many large requests at a time; ask again in a moment", code="bodies_full")
+    async def _too_large(self, request: Request) -> Problem:
+        """What to say, once the client has sent so much that it listens."""
+        count = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DISCARDING):
+                async for part in _stream(request):
+                    count += len(part)
+                    if count > DISCARDED * self.largest:
+                        break
+        message = f"the body has more than {self.largest} bytes; send less, or start the server with --max-body"
+        return Problem(413, message, code="body_too_large", headers={"Connection": "close"})
+
+
+async def _stream(request: Request) -> AsyncIterator[bytes]:
+    """Parts of a body; what has been read before is not there any more."""
+    while not request.scope.get("body read"):
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise Problem(499, "the client went away")
+        request.scope["body read"] = not message.get("more_body", False)
+        yield message.get("body", b"")
 
 
 def _require_json(request: Request) -> None:
@@ -63,13 +84,3 @@ def _require_json(request: Request) -> None:
     if kind != "application/json":
         message = f"Content-Type is '{kind or 'not given'}'; it must be application/json"
         raise Problem(415, message, code="unsupported_media_type")
-
-
-async def _discard(request: Request, most: int) -> None:
-    """Read on to the end, but no further than so many bytes, and keep nothing."""
-    count = 0
-    while count < most:
-        message = await request.receive()
-        count += len(message.get("body", b""))
-        if message["type"] != "http.request" or not message.get("more_body"):
-            return
