@@ -7,9 +7,10 @@ one added as soon as one is finished. Both are done in every round, and alternat
     python bench/server_load.py MODEL [--streams 16] [--requests 192] [--new-tokens 128] [--rounds 3]
     python bench/server_load.py MODEL --faults 1000
 
-`--faults`: requests that end badly, one after the other and in tens at a time (clients that disconnect before, within
-and behind their streams, bodies that are no JSON, or too large, or cut short, parameters out of range, prompts that are
-too long, schemas that are none); then the server's memory and its slots are what they were before.
+`--faults`: requests that end badly, ten at a time: clients that go away before, within and behind their answers,
+bodies that are no JSON, or too large, or cut short, parameters out of range, prompts that are too long, heads that are
+no HTTP. A tenth of them come first, so that whatever is made once has been made; after the others the server's memory,
+its open files and its slots are compared with what they were then.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +36,8 @@ from fewbits.engine import Engine
 from fewbits.engine.sequences import Sequence
 
 WORDS = ("captain", "night", "was", "dark", "and", "every", "house", "by", "sea", "old", "men", "spoke", "of", "ships")
-SETTLE = 2.0
-"""Seconds until the server's counters are read after faults."""
+AT_ONCE = 10
+"""Faults at a time."""
 MOST_BODY = 4_000_000
 
 
@@ -199,6 +200,91 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
 
 
+async def fault(port: int, drawn: random.Random) -> str:
+    """One request that ends badly; its kind."""
+    client, kind = Client(port), drawn.choice(list(FAULTS))
+    await client.open()
+    body, length, method = FAULTS[kind](drawn)
+    try:
+        if kind == "no HTTP":
+            client.writer.write(drawn.randbytes(60) + b"\r\n\r\n")
+        else:
+            client.send("/v1/completions", body, method, length)
+        if kind in ("away", "cut"):
+            await asyncio.sleep(drawn.random() * 0.05)
+            client.writer.transport.abort()
+        elif kind == "no HTTP":
+            await client.reader.read()
+        else:
+            status, _ = await client.head()
+            assert 400 <= status < 500, (kind, status)
+    finally:
+        client.close()
+    return kind
+
+
+def long_text(drawn: random.Random) -> bytes:
+    stream = drawn.random() < 0.5
+    return json.dumps({"model": "m", "prompt": f"{drawn.random()}", "max_tokens": 200, "stream": stream}).encode()
+
+
+FAULTS: dict[str, Callable[[random.Random], tuple[bytes, int | None, str]]] = {
+    "away": lambda drawn: (long_text(drawn), None, "POST"),
+    "cut": lambda drawn: (long_text(drawn)[:20], 1000, "POST"),
+    "no JSON": lambda drawn: (long_text(drawn)[: drawn.randrange(40)], None, "POST"),
+    "out of range": lambda drawn: (b'{"model": "m", "prompt": "a", "top_p": 2}', None, "POST"),
+    "too long": lambda drawn: (b'{"model": "m", "prompt": "' + b"word " * 20_000 + b'"}', None, "POST"),
+    "too large": lambda drawn: (b" " * (MOST_BODY + 1), None, "POST"),
+    "another method": lambda drawn: (b"", None, "DELETE"),
+    "no HTTP": lambda drawn: (b"", None, ""),
+}
+
+
+async def faults(port: int, count: int, drawn: random.Random) -> dict[str, int]:
+    """So many of them; kind -> how often."""
+    seen = dict.fromkeys(FAULTS, 0)
+    for start in range(0, count, AT_ONCE):
+        for kind in await asyncio.gather(*(fault(port, drawn) for _ in range(min(AT_ONCE, count - start)))):
+            seen[kind] += 1
+    return seen
+
+
+async def at_rest(port: int) -> None:
+    """Wait until nothing runs or waits; raises TimeoutError where a slot was lost."""
+    async with asyncio.timeout(60):
+        while True:
+            client = Client(port)
+            await client.open()
+            client.send("/metrics", b"", "GET")
+            _, head = await client.head()
+            text = (await client.body(head)).decode()
+            client.close()
+            if "fewbits_running 0.0" in text and "fewbits_waiting 0.0" in text:
+                return
+            await asyncio.sleep(0.1)
+
+
+async def endured(port: int, count: int, streams: int, drawn: random.Random) -> dict[str, int]:
+    """Faults, and then a text in every slot."""
+    seen = await faults(port, count, drawn)
+    await at_rest(port)
+    load = await server_load(port, prompts(streams, 4), streams, 16)
+    assert len(load.whole) == streams, "not every slot writes any more"
+    await at_rest(port)
+    return seen
+
+
+def endure(args: argparse.Namespace) -> dict[str, Any]:
+    """What faults leave behind."""
+    drawn = random.Random(0)
+    with server(args.model, args.streams, 256) as (port, process):
+        asyncio.run(endured(port, args.faults // 10, args.streams, drawn))
+        memory, files = process.memory_info().rss, process.num_fds()
+        seen = asyncio.run(endured(port, args.faults, args.streams, drawn))
+        after = process.memory_info().rss, process.num_fds()
+    return {"memory before MB": memory / 1e6, "memory after MB": after[0] / 1e6, "more files": after[1] - files, **seen}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -207,8 +293,9 @@ def main() -> None:
     parser.add_argument("--prompt-words", type=int, default=24)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--faults", type=int, default=0, metavar="N", help="requests that end badly, instead")
     args = parser.parse_args()
-    figures = measure(args)
+    figures = endure(args) if args.faults else measure(args)
     print("| | |\n|---|---|")
     for name, value in figures.items():
         print(f"| {name} | {value:.4g} |")

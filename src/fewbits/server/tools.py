@@ -150,6 +150,7 @@ class CallReader:
     def __init__(self, form: Form, *, inside: bool = False, parallel: bool = True) -> None:
         self._form, self._inside, self._parallel = form, inside, parallel
         self._held = ""
+        self._behind = False  # a call, so that white space means nothing
         self.called = 0
 
     def push(self, text: str) -> list[str | Call]:
@@ -163,12 +164,15 @@ class CallReader:
     def flush(self) -> list[str | Call]:
         """The rest, when the text has ended."""
         held, self._held = self._held, ""
-        return self._read(held, "") if self._inside else [held]
+        return self._read(held, "") if self._inside else [held.lstrip() if self._behind else held]
 
     def _outer(self) -> list[str | Call] | None:
         """Text up to where a call begins, or may begin; None where nothing is certain."""
         if not self._form.begin:
             return self._first()
+        if self._behind:
+            self._held = self._held.lstrip()
+            self._behind = not self._held
         before, begin, rest = self._held.partition(self._form.begin)
         if begin:
             self._held, self._inside = rest, True
@@ -193,7 +197,7 @@ class CallReader:
         inner, end, rest = self._held.partition(self._form.end) if self._form.end else (self._held, "", "")
         if not end:
             return None
-        self._held, self._inside = rest.lstrip(), False
+        self._held, self._inside = rest, False
         return self._read(inner, end)
 
     def _read(self, inner: str, end: str) -> list[str | Call]:
@@ -206,4 +210,5 @@ class CallReader:
             return [f"{self._form.begin}{inner}{end}"]
         calls = calls if self._parallel else calls[: 1 - min(self.called, 1)]
         self.called += len(calls)
+        self._behind = True
         return list(calls)
