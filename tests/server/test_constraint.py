@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
-from serving import BUNDLED, CHATML, folder_with, serving
+from serving import BUNDLED, folder_with, serving
 from toy import LETTERS, Toy
 from toy import text as toy_text
 
@@ -59,9 +59,8 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    folder = folder_with(CHATML, tmp_path_factory.mktemp("served") / "m")
-    with serving(Engine(folder, slots=4, context=512)) as found, found.client() as made:
+def client(chatty: Path) -> Iterator[OpenAI]:
+    with serving(Engine(chatty, slots=4, context=512)) as found, found.client() as made:
         yield made
 
 
@@ -90,27 +89,26 @@ def test_a_schema_holds(client: OpenAI, seed: int, stream: bool) -> None:
 
 def test_a_class_of_pydantics(client: OpenAI) -> None:
     """Its text may be endless, so it may be cut off; what comes to an end is of the class."""
-    parsed = []
-    for seed in range(6):
+    for seed in range(20):
         try:
             made = client.chat.completions.parse(
-                model="m", messages=ASK, response_format=Person, seed=seed, max_tokens=200, temperature=1
+                model="m", messages=ASK, response_format=Person, seed=seed, max_tokens=120, temperature=1
             )
         except openai.LengthFinishReasonError:
             continue
-        parsed.append(made.choices[0].message.parsed)
-    assert parsed
-    assert all(isinstance(one, Person) for one in parsed)
+        assert isinstance(made.choices[0].message.parsed, Person)
+        return
+    pytest.fail("no text in twenty came to an end")
 
 
 def test_any_object(client: OpenAI) -> None:
-    for seed in range(3):
+    for seed in range(2):
         made = client.chat.completions.create(
             model="m",
             messages=ASK,
             response_format={"type": "json_object"},
             seed=seed,
-            max_tokens=200,
+            max_tokens=80,
             n=2,
             extra_body={"top_k": 40},
         )
@@ -178,9 +176,10 @@ def test_a_call_that_is_required(client: OpenAI, choice, stream: bool) -> None:
         assert arguments["city"] in ("Oslo", "Rome")
         assert 1 <= arguments["days"] <= 9
     assert call.function.name == "weather" or choice == "required"
+    said = {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": dict(call.function)}]}
     again = [
         *ASK,
-        {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": dict(call.function)}]},
+        said if stream else made.choices[0].message,
         {"role": "tool", "tool_call_id": call.id, "content": "rain"},
     ]
     assert client.chat.completions.create(model="m", messages=again, tools=[WEATHER], max_tokens=2).choices

@@ -145,11 +145,11 @@ def test_a_prompt_of_ten_megabytes(served: Serving) -> None:
 
 
 def test_a_long_prompt_that_is_let_in_holds_nobody_up(engine: Engine) -> None:
-    """Four megabytes become tokens on a thread beside; meanwhile others are answered."""
+    """Megabytes become tokens on a thread beside; meanwhile others are answered."""
     engine.start_over()
     with serving(engine, max_body=5_000_000) as served:
         answers: list[int] = []
-        big = request("/v1/completions", json.dumps({"model": "m", "prompt": "word " * 800_000}).encode())
+        big = request("/v1/completions", json.dumps({"model": "m", "prompt": "word " * 300_000}).encode())
         thread = threading.Thread(target=lambda: answers.append(asked(served, big)[0]))
         thread.start()
         count = 0
@@ -208,11 +208,12 @@ def test_a_full_queue(engine: Engine) -> None:
             until(lambda count=count: served.scheduler.running == count)
         connections[4].send(completion(n=2))
         until(lambda: served.scheduler.waiting == 2)
-        with served.client() as client, pytest.raises(openai.RateLimitError) as found:
-            client.completions.create(model="m", prompt="a", n=2)
-        assert found.value.code == "queue_full"
-        assert found.value.response.headers["retry-after"] == "1"
-        assert found.value.type == "rate_limit_error"
+        for stream in (False, True):
+            with served.client() as client, pytest.raises(openai.RateLimitError) as found:
+                client.completions.create(model="m", prompt="a", n=2, stream=stream)
+            assert found.value.code == "queue_full"
+            assert found.value.response.headers["retry-after"] == "1"
+            assert found.value.type == "rate_limit_error"
         for connection in connections:
             connection.reset()
         until(lambda: at_rest(served))

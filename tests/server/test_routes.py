@@ -11,7 +11,7 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
-from serving import BUNDLED, CHATML, Serving, folder_with, serving
+from serving import BUNDLED, Serving, serving
 from transformers import AutoModelForCausalLM
 
 from fewbits.engine import Engine
@@ -21,9 +21,8 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    folder = folder_with(CHATML, tmp_path_factory.mktemp("served") / "m")
-    with serving(Engine(folder, slots=4, context=512)) as found:
+def served(chatty: Path) -> Iterator[Serving]:
+    with serving(Engine(chatty, slots=4, context=512)) as found:
         yield found
 
 
@@ -194,12 +193,7 @@ def test_models(client: OpenAI) -> None:
         ({"temperature": "hot"}, 400, "'temperature': Input should be a valid number", "temperature"),
         ({"prompt": ""}, 400, None, None),
         ({"prompt": [999999]}, 400, "token 999999 is none of the model's 3072", None),
-        (
-            {"prompt": [PROMPT] * 5},
-            400,
-            "5 prompts with 1 texts each are more than the 4 texts of one request",
-            "prompt",
-        ),
+        ({"prompt": [PROMPT] * 65}, 400, "65 prompts with 1 texts each are more than the 64 texts", "prompt"),
         ({"prompt": "word " * 600}, 400, r"the prompt has \d+ tokens, and the context holds 512", None),
     ],
 )

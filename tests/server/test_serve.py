@@ -44,6 +44,12 @@ class Process:
         return self.process.returncode, out, self.said + rest
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _opened_before() -> None:
+    """The repacked weights are there, so that processes start at once."""
+    Engine(BUNDLED)
+
+
 @contextmanager
 def process(*arguments: str) -> Iterator[Process]:
     made = Process(*arguments)
@@ -118,12 +124,22 @@ def test_ctrl_c_and_keys(tmp_path: Path) -> None:
         (["--context", "5000"], "made for 1024 tokens, and a context of 5000 was asked for"),
         (["--api-key-file", "nowhere"], "nowhere cannot be read"),
         (["--api-key-file", os.devnull], "holds no API key"),
-        (["--port", "1", "--host", "203.0.113.1"], "cannot be listened on"),
+        (["--port", "1", "--host", "203.0.113.1"], "203.0.113.1:1 cannot be listened on"),
     ],
 )
 def test_what_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(BUNDLED), *arguments]) == 3
     assert said in capsys.readouterr().err
+
+
+def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (["--port", "70000"], "is not between 0 and 65535"),
+        (["--slots", "0"], "is not at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["serve", str(BUNDLED), *arguments])
+        assert said in capsys.readouterr().err
 
 
 def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +151,7 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_local_addresses() -> None:
     assert [is_local(host) for host in ("localhost", "127.0.0.1", "127.9.9.9", "::1")] == [True] * 4
-    assert [is_local(host) for host in ("0.0.0.0", "::", "192.168.1.2")] == [False] * 3
+    assert [is_local(host) for host in ("0.0.0.0", "::", "192.168.1.2", "a.name")] == [False] * 4
 
 
 # Memory

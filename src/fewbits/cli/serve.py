@@ -39,7 +39,9 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     parser.add_argument("out", metavar="OUT", help="any checkpoint that fewbits reads: a folder or a GGUF file")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default %(default)s)")
+    parser.add_argument(
+        "--port", type=_port, default=8000, metavar="N", help="0 takes a free one (default %(default)s)"
+    )
     parser.add_argument("--name", help="the model's name for clients (default: that of the folder or file)")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key a line; clients have to send one")
     parser.add_argument(
@@ -73,16 +75,17 @@ def run(args: argparse.Namespace) -> Served:
     require_installed()
     from fewbits.server import Scheduler, Settings, is_local, listen, make_app, serve
 
+    keys, local = _keys(args.api_key_file), is_local(args.host)
     settings = Settings(
         model=args.name or Path(args.out).resolve().name,
-        keys=_keys(args.api_key_file),
-        local=is_local(args.host),
+        keys=keys,
+        local=local and not keys,
         places=args.queue,
         seconds=args.time_limit,
         max_body=args.max_body,
     )
     _log_to_stderr()
-    if not settings.local and not settings.keys:
+    if not local and not keys:
         _say(f"warning: {args.host} is reached from other machines, and there is no --api-key-file: anybody may ask")
     with listen(args.host, args.port) as listener:
         engine, footprint = _opened(args, settings)
@@ -155,4 +158,11 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 65535")
     return value

@@ -39,7 +39,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Settings:
     """model: the name that clients ask for. keys: API keys, none for no check. local: answer to this machine's names
-    alone. places: texts that may wait. seconds: that a request may take. max_body: bytes.
+    alone, as a server without keys should that nobody else is to reach. places: texts that may wait. seconds: that a
+    request may take. max_body: bytes.
     """
 
     model: str

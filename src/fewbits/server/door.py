@@ -98,7 +98,7 @@ class Door:
     def _check(self, scope: Scope, visit: Visit) -> None:
         headers = Headers(scope=scope)
         if self._local and _name(headers.get("host", "")) not in LOCAL:
-            message = "this server answers to localhost alone; start it with --host to be reached by other names"
+            message = "this server answers to localhost alone; with --api-key-file or another --host to other names too"
             raise Problem(403, message, code="unknown_host")
         if not self._keys or scope["path"] in OPEN:
             return

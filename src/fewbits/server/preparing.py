@@ -30,6 +30,9 @@ from fewbits.server.protocol import (
 )
 from fewbits.server.tools import CallReader, Form, form_of
 
+TEXTS = 64
+"""That one request may ask for."""
+
 
 @dataclass(frozen=True)
 class Forced:
@@ -89,9 +92,8 @@ class Preparing:
         settings = _settings(asked) | {"max_tokens": asked.max_tokens, "logprobs": asked.logprobs}
         count = asked.n or 1
         prompts = _each(asked.prompt, "prompt")
-        if len(prompts) * count > self._engine.runner.slots:
-            most = self._engine.runner.slots
-            message = f"{len(prompts)} prompts with {count} texts each are more than the {most} texts of one request"
+        if len(prompts) * count > TEXTS:
+            message = f"{len(prompts)} prompts with {count} texts each are more than the {TEXTS} texts of one request"
             raise Problem(400, message, code="too_many_texts", param="prompt")
         writings = [self._writing(prompt, settings, i) for prompt in prompts for i in range(count)]
         return Texts(tuple(writings), per_prompt=count)

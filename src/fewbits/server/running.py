@@ -91,5 +91,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def is_local(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
-    return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    """Whether an address is reached from this machine alone; of a name other than localhost nothing is known."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
