@@ -160,7 +160,7 @@ def test_local_addresses() -> None:
 def test_memory_by_hand() -> None:
     """The bundled model: 4 layers, 2 heads of 64 for keys and for values, in 2 bytes; buffers of 512 rows."""
     engine = Engine(BUNDLED, slots=4, context=256)
-    made = Footprint.of(engine, 7, answers=10, max_body=1000)
+    made = Footprint.of(engine, 7, texts=10, max_body=1000)
     assert made.cache == 4 * 256 * (4 * 2 * 2 * 64 * 2)
     matrices = 3072 * 256 + 4 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 768 * 256)  # in 16 bits; norms in 32
     assert made.weights == 2 * matrices + 4 * 256 * (2 * 4 + 1) + 4 * 4 * 32  # and angles of half a head, by layer
@@ -168,8 +168,9 @@ def test_memory_by_hand() -> None:
     wanted = 256 + 256 + 3072 + 3072  # y, b, logits, and logits for Python: of eight rows
     assert made.step == 4 * (512 * sum(rows.values()) + 8 * wanted)
     assert made.bodies == 4 * 16 * 1000
-    assert made.total == sum(made.parts.values()) == made.total
+    assert made.texts == 256 * (10 * 250 + 4 * 350)
     assert made.parts["Python"] == 7
+    assert made.total == 7 + made.weights + made.cache + made.step + made.texts + made.bodies
 
 
 def test_too_little_memory_says_what_to_change() -> None:

@@ -112,8 +112,8 @@ def _opened(args: argparse.Namespace, settings: Settings) -> tuple[Engine, Footp
     engine = Engine(
         args.out, threads=args.threads, context=args.context, most_context=CONTEXT, kv=args.kv, slots=args.slots
     )
-    answers = settings.answers(args.slots)
-    footprint = Footprint.of(engine, process, answers=answers, max_body=settings.max_body)
+    texts = settings.texts(args.slots)
+    footprint = Footprint.of(engine, process, texts=texts, max_body=settings.max_body)
     require_memory(footprint, room, args.slots, args.kv)
     return engine, footprint
 

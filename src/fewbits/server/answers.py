@@ -8,7 +8,6 @@ more to send than to make.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 
@@ -32,7 +31,8 @@ class Bell:
     def ring(self) -> None:
         if self._awaited:
             self._awaited = False
-            self._loop.call_soon_threadsafe(self._event.set)
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+                self._loop.call_soon_threadsafe(self._event.set)
 
     async def wait(self, until: Callable[[], bool], seconds: float | None = None) -> None:
         """Return when `until` is true, which it may become before a ring, or so many seconds have passed."""
@@ -53,7 +53,6 @@ class Answer:
         self._scheduler, self._bell, self._seconds = scheduler, Bell(), seconds
         self._ring_each = False
         self.jobs = [Job(member, client, seconds, self._told) for member in members]
-        self.first: float | None = None  # when the first token was fetched
         try:
             scheduler.submit(self.jobs)
         except QueueFullError:
@@ -76,7 +75,6 @@ class Answer:
             for i, job in list(left.items()):
                 over = job.over  # looked at before the pieces, of which the last ones come before it
                 if found := _fetched(job):
-                    self._note()
                     yield i, found
                 if over:
                     self._require_whole(job)
@@ -87,7 +85,6 @@ class Answer:
     async def whole(self) -> list[list[Piece]]:
         """All tokens of all texts, when they are over. Raises Problem where one ends early."""
         await self.over()
-        self._note()
         return [_fetched(job) for job in self.jobs]
 
     async def over(self) -> None:
@@ -102,9 +99,10 @@ class Answer:
             if not job.over:
                 self._scheduler.cancel(job)
 
-    def _note(self) -> None:
-        if self.first is None:
-            self.first = time.monotonic()
+    @property
+    def first(self) -> float | None:
+        """When the first token came."""
+        return min((job.first for job in self.jobs if job.first is not None), default=None)
 
     def _require_whole(self, job: Job) -> None:
         if job.failure is not None:

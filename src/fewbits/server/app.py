@@ -50,8 +50,8 @@ class Settings:
     seconds: float = 600.0
     max_body: int = 4_000_000
 
-    def answers(self, slots: int) -> int:
-        """Requests that may be open at a time: waiting, in slots, or being read."""
+    def texts(self, slots: int) -> int:
+        """Texts that may be open at a time: waiting, in slots, or being read."""
         return self.places + 2 * slots
 
 
@@ -154,14 +154,14 @@ class Handlers:
     @asynccontextmanager
     async def _answer(self, request: Request, members: Sequence[Member]) -> AsyncIterator[Answer]:
         """Texts on their way through the engine; cancelled where the context is left before they are over."""
-        self._require_open()
-        self._open += 1
+        self._require_open(len(members))
+        self._open += len(members)
         answer = None
         try:
             answer = Answer(self._scheduler, members, _visit(request).client, self._settings.seconds)
             yield answer
         finally:
-            self._open -= 1
+            self._open -= len(members)
             if answer is not None:
                 answer.close()
 
@@ -172,10 +172,10 @@ class Handlers:
             self.metrics.cancelled.inc()
             raise Problem(499, "the client went away") from None
 
-    def _require_open(self) -> None:
+    def _require_open(self, texts: int = 1) -> None:
         if self._scheduler.stopping:
             raise stopping()
-        if self._open >= self._settings.answers(self._engine.runner.slots):
+        if self._open + texts > self._settings.texts(self._engine.runner.slots):
             raise queue_full()
 
     def _require_model(self, name: str) -> None:

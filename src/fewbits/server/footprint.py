@@ -38,12 +38,12 @@ class Footprint:
     bodies: int
 
     @classmethod
-    def of(cls, engine: Engine, process: int, *, answers: int, max_body: int) -> Footprint:
-        """process: what it took before the engine was opened. answers: that may be open at a time."""
+    def of(cls, engine: Engine, process: int, *, texts: int, max_body: int) -> Footprint:
+        """process: what it took before the engine was opened. texts: that may be open at a time."""
         runner = runner_memory(engine.runner)
         weights = runner.weights if runner.weights is not None else max(taken() - process, 0)
-        texts = engine.context * (answers * PIECE + engine.runner.slots * LOOKED_UP)
-        return cls(process, weights, runner.cache, runner.step, texts, PARSED * TOGETHER * max_body)
+        written = engine.context * (texts * PIECE + engine.runner.slots * LOOKED_UP)
+        return cls(process, weights, runner.cache, runner.step, written, PARSED * TOGETHER * max_body)
 
     @property
     def parts(self) -> dict[str, int]:

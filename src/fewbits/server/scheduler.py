@@ -43,7 +43,8 @@ class Job:
     """A text that somebody waits for: `member` of the batch, and whom to tell.
 
     client: in whose turn it comes. seconds: that it may take, from now on. tell: called on the engine's thread whenever
-    there are new pieces, and when it is over; it must return at once. failure: why it ended early, if it did.
+    there are new pieces, and when it is over; it must return at once. first: when its first piece came. failure: why it
+    ended early, if it did.
     """
 
     member: Member
@@ -51,6 +52,7 @@ class Job:
     seconds: float
     tell: Callable[[], None]
     arrived: float = field(default_factory=time.monotonic)
+    first: float | None = None
     over: bool = False
     cancelled: bool = False
     failure: Failure | None = None
@@ -128,13 +130,13 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        while self._prepare():
+        while True:
             try:
-                told = self._engine.batch.step()
+                if not self._prepare():
+                    return
+                self._tell(self._engine.batch.step())
             except Exception as error:  # whatever it is: those who wait must hear of it, and others can be served
                 self._start_over(error)
-                continue
-            self._tell(told)
 
     def _prepare(self) -> bool:
         """Wait until there is something to run; False where there will be nothing any more."""
@@ -173,8 +175,9 @@ class Scheduler:
             self._fail(job, "time_limit")
 
     def _tell(self, members: Sequence[Member]) -> None:
-        news = {id(member) for member in members}
+        news, now = {id(member) for member in members}, time.monotonic()
         for job in [job for job in self._active if id(job.member) in news]:
+            job.first = now if job.first is None else job.first
             if job.member.ended:
                 with self._changed:
                     self._active.remove(job)
