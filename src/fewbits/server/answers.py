@@ -17,7 +17,7 @@ from fewbits.engine.sequences import Sequence as Writing
 from fewbits.server.problems import failed, queue_full, stopping
 from fewbits.server.scheduler import Job, QueueFullError, Scheduler, StoppingError
 
-EVERY = 0.025
+EVERY = 0.04
 """Seconds between two events of a stream, at least."""
 
 

@@ -29,6 +29,8 @@ from fewbits.server.streams import EventStream, GoneError, unless_gone
 
 THREADS = 2
 """That prompts are prepared on. Tokenizers have threads of their own, and the engine wants the cores."""
+SMALL = 4000
+"""Bytes of a body that is prepared at once: handing it to a thread and back takes longer than its few tokens do."""
 READING = 30.0
 """Seconds beyond its time limit that a client may take to read an answer."""
 EMBEDDED = 8
@@ -116,9 +118,10 @@ class Handlers:
         self._require_open()
         async with self._bodies.of(request) as body:
             run = partial(asyncio.get_running_loop().run_in_executor, self._threads)
-            asked = await run(parsed, kind, body)
+            small = len(body) <= SMALL
+            asked = parsed(kind, body) if small else await run(parsed, kind, body)
             self._require_model(asked.model)
-            return asked, await run(prepare, asked)
+            return asked, prepare(asked) if small and asked.simple else await run(prepare, asked)
 
     async def _written(
         self, request: Request, asked: ChatRequest | CompletionRequest, reply: Chat | Completion

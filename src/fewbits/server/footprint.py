@@ -18,9 +18,10 @@ from fewbits.errors import UnsupportedError
 from fewbits.server.bodies import TOGETHER
 
 PIECE = 250
-"""Bytes that a token takes in Python until it has been sent."""
+"""Bytes that a token takes in Python until it has been sent, without alternatives (207 measured)."""
 LOOKED_UP = 350
-"""Bytes that a token of a text in a slot takes beside that: where it came up before (`engine.speculation`)."""
+"""Bytes that a token of a text in a slot takes beside that: where it came up before (`engine.speculation`; 227
+measured)."""
 PARSED = 4
 """Times its size that a body takes while it is read: its bytes, its text, the parsed values, the rendered prompt."""
 CGROUP = Path("/sys/fs/cgroup")

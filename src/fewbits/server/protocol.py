@@ -74,6 +74,11 @@ class Sampled(Strict):
         return without_neutral(data)
 
     @property
+    def simple(self) -> bool:
+        """Whether preparing takes no longer than tokens of the text."""
+        return True
+
+    @property
     def sampling(self) -> dict[str, Any]:
         """Settings of the engine. Those of several texts differ in their seeds alone."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
@@ -204,6 +209,10 @@ class ChatRequest(Sampled):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    @property
+    def simple(self) -> bool:
+        return self.response_format is None and not self.tools  # a grammar takes its time
+
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
@@ -233,6 +242,11 @@ class EmbeddingRequest(Strict):
     )
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
+
+    @property
+    def simple(self) -> bool:
+        """Whether preparing takes no longer than tokens of the texts."""
+        return True
 
 
 AnyRequest = TypeVar("AnyRequest", ChatRequest, CompletionRequest, EmbeddingRequest)
