@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,20 +66,23 @@ def data(found: bytes) -> list[dict]:
 
 
 def test_sigterm_in_mid_stream_lets_it_finish() -> None:
-    with process("--context", "600", "--slots", "1", "--json") as served:
-        with Connection(served.port) as running, Connection(served.port) as waiting:
-            running.send(completion(stream=True, max_tokens=500))
-            first = running.until(b"\n\n")
-            waiting.send(completion())
-            time.sleep(0.05)
-            served.process.send_signal(signal.SIGTERM)
-            status, answer = waiting.answer()
-            assert (status, answer["error"]["code"]) == (503, "stopping")
-            found = first + running.rest()
+    """One slot, one text in it that takes a while, and others that wait for it."""
+    drawn = {"max_tokens": 950, "temperature": 1.2, "seed": 1}
+    with process("--context", "1000", "--slots", "1", "--json") as served, ExitStack() as stack:
+        running, *waiting = [stack.enter_context(Connection(served.port)) for _ in range(5)]
+        running.send(completion(stream=True, **drawn))
+        first = running.until(b"\n\n")
+        for connection in waiting:
+            connection.send(completion(**drawn))
+        time.sleep(0.05)
+        served.process.send_signal(signal.SIGTERM)
+        status, answer = waiting[-1].answer()
+        assert (status, answer["error"]["code"]) == (503, "stopping")
+        found = first + running.rest()
         assert b"[DONE]" in found
         text = "".join(event["choices"][0]["text"] for event in data(found))
         code, out, said = served.end()
-    assert text == "".join(Engine(BUNDLED, context=600).generate("It was", max_tokens=500, temperature=0))
+    assert text == "".join(Engine(BUNDLED, context=1000).generate("It was", **drawn))
     assert code == 0
     assert json.loads(out)["model"] == "m"
     assert "127.0.0.1 POST /v1/completions 200" in said
@@ -89,9 +92,9 @@ def test_sigterm_in_mid_stream_lets_it_finish() -> None:
 def test_sigterm_without_grace_says_so() -> None:
     with process("--context", "1000", "--grace", "0") as served:
         with Connection(served.port) as streamed, Connection(served.port) as whole:
-            streamed.send(completion(stream=True, max_tokens=900))
+            streamed.send(completion(stream=True, max_tokens=900, temperature=1.2))
             first = streamed.until(b"\n\n")
-            whole.send(completion(max_tokens=900))
+            whole.send(completion(max_tokens=900, temperature=1.2))
             time.sleep(0.05)
             served.process.send_signal(signal.SIGTERM)
             assert whole.answer()[1]["error"]["code"] == "stopping"
