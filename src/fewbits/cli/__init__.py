@@ -43,6 +43,7 @@ from fewbits.cli import (
     plan,
     quantize,
     report,
+    serve,
     train,
     verify,
 )
@@ -61,6 +62,7 @@ VERBS = (
     evaluate,
     generate,
     chat,
+    serve,
     bench,
     report,
     imatrix,

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewbits.engine.batch import Batch
+from fewbits.engine.embedding import Embedding
 from fewbits.engine.sampling import Sampling
-from fewbits.engine.sequences import Limits, Piece, Sequence
+from fewbits.engine.sequences import Constraint, Limits, Piece, Sequence
 from fewbits.engine.speculation import Speculate
 from fewbits.engine.text import Message, Text
 from fewbits.errors import RequestError
@@ -34,12 +35,17 @@ class Settings(TypedDict, total=False):
     """What a text is made with. What is not given is as the checkpoint's generation_config.json says, or fewbits.
 
     max_tokens: new tokens; None for as many as the context holds. stop: strings that end the text, and are not part of
-    it. logprobs: how many alternatives to tell with each token, 0 for its own probability alone.
+    it. logprobs: how many alternatives to tell with each token, 0 for its own probability alone. signs: special tokens
+    that are part of the text. constraint: what the text has to look like, made for this text alone. continues: whether
+    the text goes on from the prompt's, where the prompt does not tell.
     """
 
     max_tokens: int | None
     stop: str | Listed[str]
     logprobs: int | None
+    signs: Listed[str]
+    constraint: Constraint | None
+    continues: bool | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -52,9 +58,9 @@ class Engine:
     """A checkpoint that fewbits reads, a folder or a GGUF file, ready to write.
 
     threads: None for one on each core. context: tokens of a text, prompt included; None for what the model was made
-    for, within reason. kv: what keys and values are kept in, "f16", "int8" or "int4". cache: keep the repacked weights
-    beside the checkpoint, so that it opens at once the next time. slots: texts that are kept at a time. speculate:
-    check several tokens in one run; "auto" where that measures faster.
+    for, at most most_context. kv: what keys and values are kept in, "f16", "int8" or "int4". cache: keep the repacked
+    weights beside the checkpoint, so that it opens at once the next time. slots: texts that are kept at a time.
+    speculate: check several tokens in one run; "auto" where that measures faster.
     Raises CheckpointError or UnsupportedError for what cannot be opened.
     """
 
@@ -64,6 +70,7 @@ class Engine:
         *,
         threads: int | None = None,
         context: int | None = None,
+        most_context: int = 4096,
         kv: str = "f16",
         cache: bool = True,
         slots: int = 1,
@@ -71,7 +78,8 @@ class Engine:
     ) -> None:
         from fewbits.engine.opening import open_runner
 
-        runner, files = open_runner(Path(path), slots=slots, context=context, kv=kv, threads=threads, cache=cache)
+        sizes: dict[str, Any] = {"slots": slots, "context": context, "most_context": most_context}
+        runner, files = open_runner(Path(path), **sizes, kv=kv, threads=threads, cache=cache)
         text = Text(files["tokenizer"], files["tokenizer_config"], files["generation_config"], files["config"])
         self._set(runner, text, files["generation_config"], speculate)
 
@@ -85,8 +93,13 @@ class Engine:
         return engine
 
     def _set(self, runner: Runner, text: Text, defaults: Mapping[str, Any], speculate: Speculate) -> None:
-        self.runner, self.text, self.batch = runner, text, Batch(runner, speculate)
-        self._defaults = defaults
+        self.runner, self.text = runner, text
+        self._defaults, self._speculate = defaults, speculate
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget all texts and what slots hold: what to do where a step broke off."""
+        self.batch = Batch(self.runner, self._speculate)
 
     @property
     def context(self) -> int:
@@ -108,11 +121,20 @@ class Engine:
         """A text in the making, for `pieces` or for the batch. Arguments and errors as of `stream`."""
         stop = settings.get("stop", ())
         limits = Limits(
-            settings.get("max_tokens"), (stop,) if isinstance(stop, str) else tuple(stop), settings.get("logprobs")
+            settings.get("max_tokens"),
+            (stop,) if isinstance(stop, str) else tuple(stop),
+            settings.get("logprobs"),
+            tuple(settings.get("signs", ())),
         )
         sampling = Sampling.of(self._defaults, **{name: settings.get(name) for name in SAMPLING})
         tokens, continues = self._encoded(prompt)
-        return Sequence(tokens, self.text, self.context, sampling, limits, continues=continues)
+        said, constraint = settings.get("continues"), settings.get("constraint")
+        continues = continues if said is None else said
+        return Sequence(tokens, self.text, self.context, sampling, limits, continues=continues, constraint=constraint)
+
+    def embedding(self, prompt: str | Listed[int]) -> Embedding:
+        """A text that is read for its embedding, for the batch. Raises RequestError for one longer than the context."""
+        return Embedding(self._encoded(prompt)[0], self.context)
 
     def _encoded(self, prompt: Prompt) -> tuple[NDArray[np.int32], bool]:
         """Tokens, and whether what follows goes on from them; an answer is a text of its own."""

@@ -20,16 +20,21 @@ from fewbits.runtime.tiles import Weight
 
 log = logging.getLogger(__name__)
 
-CONTEXT = 4096
-"""Tokens of a text where nobody says how many, at most."""
-
 
 def open_runner(
-    path: Path, *, slots: int, context: int | None, kv: str, threads: int | None, cache: bool
+    path: Path,
+    *,
+    slots: int,
+    context: int | None,
+    kv: str,
+    threads: int | None,
+    cache: bool,
+    most_context: int = 4096,
 ) -> tuple[Runner, dict[str, Any]]:
     """A runner of a checkpoint, and what its text side is made of.
 
-    slots: sequences kept at a time, each of `context` tokens: None for what the model was made for, at most CONTEXT.
+    slots: sequences kept at a time, each of `context` tokens: None for what the model was made for, at most
+    `most_context`.
     kv: type of keys and values: f16, int8 or int4. threads: torch's too, where transformers runs the model.
     cache: whether the repacked weights may be read from a file, and written to one.
     Returns the runner and a dict of config (config.json's values), tokenizer (the text of tokenizer.json),
@@ -38,9 +43,10 @@ def open_runner(
     """
     try:
         found = repacked(path, cache=cache)
-        tokens = _context(path, context, found)
+        tokens = _context(path, context, most_context, found)
     except _NotComposedError as error:
-        return _by_transformers(path, str(error), slots=slots, context=context, kv=kv, threads=threads)
+        sizes = {"slots": slots, "context": context, "most_context": most_context, "threads": threads}
+        return _by_transformers(path, str(error), kv, sizes)
     return runner(found.program, slots, tokens, cast(Kv, kv), threads, found.settle), found.facts
 
 
@@ -85,12 +91,12 @@ def _composed(path: Path, keep: Callable[[Weight], Weight] = lambda weight: weig
         raise _NotComposedError(str(error)) from error
 
 
-def _context(path: Path, asked: int | None, found: Repacked) -> int:
+def _context(path: Path, asked: int | None, most: int, found: Repacked) -> int:
     """Tokens of a slot. Raises UnsupportedError for more than the model was made for."""
     longest = int(found.facts["longest"])
     made_for = int(found.facts["config"].get("max_position_embeddings") or longest)
     if asked is None:
-        return min(longest, CONTEXT)
+        return min(longest, most)
     if asked > made_for:
         raise UnsupportedError(
             f"{path}: made for {made_for} tokens, and a context of {asked} was asked for; ask for less"
@@ -100,9 +106,7 @@ def _context(path: Path, asked: int | None, found: Repacked) -> int:
     return asked
 
 
-def _by_transformers(
-    path: Path, reason: str, *, slots: int, context: int | None, kv: str, threads: int | None
-) -> tuple[Runner, dict[str, Any]]:
+def _by_transformers(path: Path, reason: str, kv: str, sizes: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     from fewbits.engine.text_files import text_files
     from fewbits.engine.transformers_runner import TransformersRunner
 
@@ -112,4 +116,4 @@ def _by_transformers(
             "leave kv at f16"
         )
     files = text_files(path)
-    return TransformersRunner(path, slots=slots, reason=reason, context=context, threads=threads), files
+    return TransformersRunner(path, reason=reason, **sizes), files

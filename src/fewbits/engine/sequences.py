@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,16 +36,28 @@ class Piece:
     finish: Finish | None = None
 
 
+class Constraint(Protocol):
+    """What a text has to look like: a grammar, say. It is told of every token, and used by one text alone."""
+
+    def allowed(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [vocabulary] with −inf for tokens that may not come next; others as they are."""
+
+    def take(self, token: int) -> bool:
+        """A token that has come; whether the text is complete with it, and nothing more may follow."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """When a text ends, and what is told about its tokens.
 
-    max_tokens: None for as many as the context holds. logprobs: None for none, else how many alternatives.
+    max_tokens: None for as many as the context holds. logprobs: None for none, else how many alternatives. signs:
+    special tokens that are part of the text.
     """
 
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    signs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -62,9 +74,17 @@ class Sequence:
     """
 
     def __init__(
-        self, prompt: Tokens, text: Text, context: int, sampling: Sampling, limits: Limits, *, continues: bool = True
+        self,
+        prompt: Tokens,
+        text: Text,
+        context: int,
+        sampling: Sampling,
+        limits: Limits,
+        *,
+        continues: bool = True,
+        constraint: Constraint | None = None,
     ) -> None:
-        _require_fit(len(prompt), context)
+        require_fit(len(prompt), context)
         self._tokens = np.empty(context + 1, np.int32)  # the last token need not be run
         self._tokens[: len(prompt)] = prompt
         self.prompt = self.length = len(prompt)
@@ -75,16 +95,20 @@ class Sequence:
         self.pieces: deque[Piece] = deque()
         self.acceptance = Acceptance()
         self._context, self._sampling, self._limits = context, sampling, limits
-        self._rng = sampling.generator()
+        self._rng, self._constraint = sampling.generator(), constraint
         self._ends = text.ends
-        self._stream, self._stops = text.stream(continues=continues), StopStrings(limits.stop)
-        self._lookup = Lookup()
-        self._lookup.extend(prompt.tolist())
+        self._stream = text.stream(continues=continues, signs=limits.signs)
+        self._stops = StopStrings(limits.stop)
+        self._lookup, self._looked_up = Lookup(), 0
 
     @property
     def tokens(self) -> Tokens:
         """All tokens so far, the prompt's too: int32 [length]."""
         return self._tokens[: self.length]
+
+    @property
+    def ended(self) -> bool:
+        return self.finish is not None
 
     @property
     def prefilled(self) -> bool:
@@ -97,6 +121,8 @@ class Sequence:
         left = self._limits.max_tokens
         if left is not None:
             room = min(room, left - (self.length - self.prompt) - 1)
+        self._lookup.extend(self._tokens[self._looked_up : self.length].tolist())
+        self._looked_up = self.length
         return self._lookup.draft(min(room, LENGTHS[0])) if room > 0 else []
 
     def advance(self, logits: NDArray[np.float32], draft: Listed[int]) -> None:
@@ -118,12 +144,12 @@ class Sequence:
 
     def _next(self, logits: NDArray[np.float32]) -> int:
         """Choose a token and write it down, with its piece."""
-        token = choose(logits, self.tokens, self._sampling, self._rng)
+        allowed = logits if self._constraint is None else self._constraint.allowed(logits)
+        token = choose(allowed, self.tokens, self._sampling, self._rng)
         told = self._limits.logprobs
         own, top = (None, ()) if told is None else logprobs(logits, token, told)
         self._tokens[self.length] = token
         self.length += 1
-        self._lookup.extend([token])
         self.pieces.append(Piece(token, self._text(token), own, top, self.finish))
         return token
 
@@ -136,8 +162,9 @@ class Sequence:
         if self._stops.found is not None:
             self.finish = "stop"
             return text
-        if self._full():
-            self.finish = "length"
+        complete = self._constraint is not None and self._constraint.take(token)
+        if complete or self._full():
+            self.finish = "stop" if complete else "length"
             return text + self._stops.push(self._stream.flush()) + self._rest()
         return text
 
@@ -149,7 +176,8 @@ class Sequence:
         return self.length > self._context or (most is not None and self.length - self.prompt >= most)
 
 
-def _require_fit(length: int, context: int) -> None:
+def require_fit(length: int, context: int) -> None:
+    """Raise RequestError for a prompt without tokens, or longer than the context."""
     if length == 0:
         raise RequestError("the prompt has 0 tokens; give at least one")
     if length > context:

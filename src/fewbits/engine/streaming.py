@@ -44,6 +44,10 @@ class Vocabulary:
         """Whether a token is text, rather than a sign of the model's format."""
         return token not in self._special
 
+    def name(self, token: int) -> str:
+        """A token as the tokenizer's file writes it; a special one is its own text."""
+        return str(self._tokenizer.id_to_token(token))
+
     def bytes_of(self, token: int, first: bool) -> bytes:
         """What a token adds to a text, or begins it with."""
         key = (token, first)
@@ -75,14 +79,19 @@ class Vocabulary:
 
 
 class Detokenizer:
-    """Tokens in, text out. continues: the text goes on from another one, so nothing is dropped at its start."""
+    """Tokens in, text out. continues: the text goes on from another one, so nothing is dropped at its start.
 
-    def __init__(self, vocabulary: Vocabulary, *, continues: bool) -> None:
-        self._vocabulary, self._first = vocabulary, not continues
+    signs: special tokens that are part of this text (where a tool call begins, say).
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, continues: bool, signs: frozenset[int] = frozenset()) -> None:
+        self._vocabulary, self._first, self._signs = vocabulary, not continues, signs
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """The characters that this token completes."""
+        if token in self._signs:
+            return self._decoder.decode(b"") + self._vocabulary.name(token)
         if not self._vocabulary.shown(token):
             return ""
         data, self._first = self._vocabulary.bytes_of(token, self._first), False
@@ -113,7 +122,7 @@ class StopStrings:
         if places:
             place, self.found = min(places, key=lambda found: (found[0], -len(found[1])))
             return text[:place]
-        cut = len(text) - max(_overlap(text, stop) for stop in self._stops)
+        cut = len(text) - max(overlap(text, stop) for stop in self._stops)
         self._held = text[cut:]
         return text[:cut]
 
@@ -123,7 +132,7 @@ class StopStrings:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Characters at the end of a text that a stop string begins with."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

@@ -26,6 +26,8 @@ from fewbits.engine.streaming import Detokenizer, Vocabulary
 from fewbits.errors import CheckpointError, RequestError
 
 Message = Mapping[str, Any]
+LONG = 2000
+"""Characters of a text that takes milliseconds to become tokens."""
 
 
 class Text:
@@ -65,7 +67,10 @@ class Text:
 
         An empty text becomes the token that begins one. Raises RequestError where there is none.
         """
-        tokens = self._tokenizer.encode(text, add_special_tokens=special).ids
+        if len(text) < LONG:
+            tokens = self._tokenizer.encode(text, add_special_tokens=special).ids
+        else:  # other Python threads run meanwhile
+            tokens = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return np.array(tokens or (self._beginning() if special else []), np.int32)
 
     def encode_messages(self, messages: Sequence[Message], **variables: Any) -> NDArray[np.int32]:
@@ -94,9 +99,17 @@ class Text:
         """A token by itself, special ones too: what a list of alternatives shows."""
         return self.decode([token], skip_special=False)
 
-    def stream(self, *, continues: bool) -> Detokenizer:
-        """Text from tokens as they come. continues: it goes on from a prompt, rather than being a text of its own."""
-        return Detokenizer(self.vocabulary, continues=continues)
+    def stream(self, *, continues: bool, signs: Iterable[str] = ()) -> Detokenizer:
+        """Text from tokens as they come. continues: it goes on from a prompt, rather than being a text of its own.
+
+        signs: special tokens that are part of the text; names that the tokenizer does not know are text anyway.
+        """
+        found = (self._tokenizer.token_to_id(sign) for sign in signs)
+        return Detokenizer(self.vocabulary, continues=continues, signs=frozenset(i for i in found if i is not None))
+
+    def to_json(self) -> str:
+        """tokenizer.json with the special tokens that tokenizer_config.json adds, for others that read tokenizers."""
+        return str(self._tokenizer.to_str())
 
     def _beginning(self) -> list[int]:
         names = [self._special[name] for name in ("bos_token", "eos_token") if name in self._special]

@@ -28,13 +28,12 @@ from fewbits.engine.loading import load
 from fewbits.engine.skeleton import is_causal
 from fewbits.engine.tiled_layers import tile_layers
 from fewbits.errors import UnsupportedError
+from fewbits.models import cache_shape
 from fewbits.runtime.runner import MOST_ROWS
 
 log = logging.getLogger(__name__)
 
 Tokens = NDArray[np.int32]
-CONTEXT = 4096
-"""Tokens of a text where nobody says how many, at most."""
 
 
 @dataclass
@@ -61,7 +60,7 @@ class _Slot:
 class TransformersRunner:
     """A checkpoint as transformers runs it; `reason` says why, in the line that is logged.
 
-    context: None for what the model was made for, at most CONTEXT. threads: of products, and torch's, for the
+    context: None for what the model was made for, at most most_context. threads: of products, and torch's, for the
     whole process.
     Raises UnsupportedError for what does not predict next tokens, and as `load` does.
     """
@@ -69,7 +68,14 @@ class TransformersRunner:
     most_rows = MOST_ROWS
 
     def __init__(
-        self, path: Path, *, slots: int, reason: str, context: int | None = None, threads: int | None = None
+        self,
+        path: Path,
+        *,
+        slots: int,
+        reason: str,
+        context: int | None = None,
+        threads: int | None = None,
+        most_context: int = 4096,
     ) -> None:
         log.warning("%s runs through transformers, which is slower than fewbits' own engine: %s", path, reason)
         if threads is not None:
@@ -78,15 +84,19 @@ class TransformersRunner:
         _require_text(self._model, path)
         tile_layers(self._model, threads)
         config = self._model.config.get_text_config()
-        self.context = _context(path, context, getattr(config, "max_position_embeddings", None))
+        self.context = _context(path, context, most_context, getattr(config, "max_position_embeddings", None))
         self.vocabulary, self.slots = int(config.vocab_size), slots
         self._slots = [_Slot(self._croppable) for _ in range(slots)]
         parameters = inspect.signature(self._model.forward).parameters
         self._caches, self._selects = "past_key_values" in parameters, "logits_to_keep" in parameters
+        self._seen = torch.zeros(0)  # what the projection to the vocabulary read last: [1, rows, hidden size]
+        self._states: list[NDArray[np.float32]] = []  # of the last call's wanted rows
+        self._watch()
 
     def forward(self, tokens: Tokens, slots: Tokens, positions: Tokens, wanted: Tokens) -> NDArray[np.float32]:
         """See `Runner`: one run of the model for each slot."""
         found = np.empty((len(wanted), self.vocabulary), np.float32)
+        self._states = []
         for start, end in _runs(slots):
             slot = self._slots[slots[start]]
             slot.back_to(int(positions[start]))
@@ -94,6 +104,29 @@ class TransformersRunner:
             inside = (start <= wanted) & (wanted < end)
             found[inside] = self._logits(slot, len(slot.tokens) - end + wanted[inside])
         return found
+
+    @property
+    def most_cached(self) -> int:
+        """Bytes of keys and values of one slot when it is full. Raises UnsupportedError where config.json hides it."""
+        return 4 * cache_shape(self._model.config.to_dict()).numbers(self.context)
+
+    def states(self, rows: int) -> NDArray[np.float32]:
+        """See `Runner`. Raises UnsupportedError for a model without one projection to its vocabulary."""
+        if self._model.get_output_embeddings() is None:
+            raise UnsupportedError(
+                f"{type(self._model).__name__} does not say which layer its logits come from, so it makes no embeddings"
+            )
+        return np.concatenate(self._states)[:rows]
+
+    def _watch(self) -> None:
+        """Keep what the projection to the vocabulary reads."""
+        head = self._model.get_output_embeddings()
+
+        def see(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            self._seen = args[0]
+
+        if head is not None:
+            head.register_forward_pre_hook(see)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Runner`."""
@@ -112,6 +145,9 @@ class TransformersRunner:
             output = self._model(input_ids=torch.tensor([slot.tokens[slot.cached :]]), **arguments)
         slot.cached = len(slot.tokens) if self._caches else 0
         logits = output.logits[0] if self._selects else output.logits[0, rows]
+        if len(self._seen):
+            seen = self._seen[0] if self._selects else self._seen[0, rows]
+            self._states.append(seen.float().numpy())
         return logits.float().numpy()  # type: ignore[no-any-return]
 
     @property
@@ -131,12 +167,12 @@ def _runs(slots: Tokens) -> Iterator[tuple[int, int]]:
     return pairwise(edges)
 
 
-def _context(path: Path, asked: int | None, made_for: int | None) -> int:
+def _context(path: Path, asked: int | None, most: int, made_for: int | None) -> int:
     if asked is not None and made_for is not None and asked > made_for:
         raise UnsupportedError(
             f"{path}: made for {made_for} tokens, and a context of {asked} was asked for; ask for less"
         )
-    return asked or min(made_for or CONTEXT, CONTEXT)
+    return asked or min(made_for or most, most)
 
 
 def _require_text(model: PreTrainedModel, path: Path) -> None:

@@ -129,6 +129,12 @@ class CompiledRunner:
             self._settle = None
         return out
 
+    def states(self, rows: int) -> NDArray[np.float32]:
+        """See `Runner.states`. Raises ValueError for more rows than the last call was asked for."""
+        out = np.empty((rows, self.program.buffers[self.program.states]), np.float32)
+        self._program.read(self._buffers[self.program.states], out)
+        return out
+
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Runner.copy`."""
         if length:

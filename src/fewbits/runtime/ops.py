@@ -164,3 +164,8 @@ class Program:
     layers: int
     kv_heads: int
     head_dim: int
+
+    @property
+    def states(self) -> str:
+        """The buffer that logits are made of, of the rows that are asked for."""
+        return next(op.x for op in reversed(self.ops) if isinstance(op, Linear))

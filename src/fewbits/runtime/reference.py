@@ -171,13 +171,19 @@ class ReferenceRunner:
         dtype = np.float16 if kv == "f16" else np.float32
         self._keys, self._values = np.zeros(shape, dtype), np.zeros(shape, dtype)
         self._decoded: dict[int, Floats] = {}
+        self._last: dict[str, Floats] = {}  # buffers of the last call
 
     def forward(self, tokens: Numbers, slots: Numbers, positions: Numbers, wanted: Numbers) -> Floats:
         """See `Runner.forward`."""
         step = _Step(tokens, slots, positions, wanted)
         for op in self._program.ops:
             self._run(op, step)
+        self._last = step.buffers
         return step.buffers["logits"]
+
+    def states(self, rows: int) -> Floats:
+        """See `Runner.states`."""
+        return self._last[self._program.states][:rows]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Runner.copy`."""

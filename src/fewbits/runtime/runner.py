@@ -50,5 +50,8 @@ class Runner(Protocol):
         writing at an earlier position. Returns float32 [len(wanted), vocabulary].
         """
 
+    def states(self, rows: int) -> NDArray[np.float32]:
+        """What the logits of the last call's first `rows` wanted rows were made of: float32 [rows, hidden size]."""
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot's keys and values to another slot."""

@@ -326,6 +326,13 @@ void run(Composed& self, Integers tokens, Integers slots, Integers positions, In
                    logits, out.data());
 }
 
+void read(Composed& self, Buffer buffer, Written out) {
+  require(static_cast<int>(out.shape(1)) == self.program.width(buffer), "out does not fit");
+  const std::lock_guard alone(self.one_at_a_time);
+  require(static_cast<int>(out.shape(0)) <= self.program.wanted_rows(), "more rows than the last run was asked for");
+  self.program.read(buffer, static_cast<int>(out.shape(0)), out.data());
+}
+
 const Ops& ops_of(std::string_view target) { return *kernels(target).ops; }
 
 void bind_weights(nb::module_& m) {
@@ -388,7 +395,8 @@ void bind_program(nb::module_& m) {
         self.program.select(x, out);
       })
       .def("softcap", [](Composed& self, Buffer x, float cap) { self.program.softcap(x, cap); })
-      .def("run", &run, nb::arg("tokens"), nb::arg("slots"), nb::arg("positions"), nb::arg("wanted"), nb::arg("logits"), nb::arg("out"));
+      .def("run", &run, nb::arg("tokens"), nb::arg("slots"), nb::arg("positions"), nb::arg("wanted"), nb::arg("logits"), nb::arg("out"))
+      .def("read", &read, nb::arg("buffer"), nb::arg("out"));
 }
 
 }  // namespace

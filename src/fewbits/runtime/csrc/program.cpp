@@ -541,8 +541,12 @@ void Program::run(const Step& step, Buffer logits, float* out) {
   step_ = step;
   make_room();
   pool_.run(phases_);
-  const auto numbers = static_cast<std::size_t>(width(logits));
-  for (int r = 0; r < step.wanted_rows; ++r) std::memcpy(out + r * numbers, row(logits, r), numbers * sizeof(float));
+  read(logits, step.wanted_rows, out);
+}
+
+void Program::read(Buffer buffer, int rows, float* out) const {
+  const auto numbers = static_cast<std::size_t>(width(buffer));
+  for (int r = 0; r < rows; ++r) std::memcpy(out + r * numbers, row(buffer, r), numbers * sizeof(float));
 }
 
 void Program::run_rows(int rows, Buffer x, const float* given, Buffer y, float* out) {

@@ -95,6 +95,10 @@ class Program {
   // tokens, slots or positions that are not there, OutOfMemory, and whatever a kernel throws.
   void run(const Step& step, Buffer logits, float* out);
 
+  // The first rows of a buffer as the last run left it.
+  void read(Buffer buffer, int rows, float* out) const;
+  int wanted_rows() const { return step_.wanted_rows; }
+
   // Runs the ops on rows that are given, without tokens: for the tests of one op.
   void run_rows(int rows, Buffer x, const float* given, Buffer y, float* out);
 

@@ -1,0 +1,61 @@
+"""An HTTP server that speaks OpenAI's protocol, on one engine.
+
+One thread runs the engine (`scheduler`): it takes texts from a bounded queue that is fair to clients (`queueing`), puts
+them into the running batch, and looks between steps for those that nobody waits for any more. An event loop in the
+main thread does the rest: `app` has the routes, `door` decides who may come in, `protocol` says what may be asked,
+`preparing` makes texts for the batch out of it, and `answers` and `replies` turn tokens into what OpenAI's clients
+read, as `streams` where they ask for that. `constraint` holds a text to a JSON schema, `tools` knows how models write
+calls of tools. What memory it takes is known before the first request (`footprint`), and nothing grows with the number
+of requests.
+
+A page for browsers belongs to the routes in `app.routes`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewbits.server.app import Settings, make_app
+    from fewbits.server.footprint import Footprint, free, require_memory, taken
+    from fewbits.server.running import is_local, listen, serve
+    from fewbits.server.scheduler import Job, Scheduler
+
+_MODULES = {
+    "Footprint": "footprint",
+    "Job": "scheduler",
+    "Scheduler": "scheduler",
+    "Settings": "app",
+    "free": "footprint",
+    "is_local": "running",
+    "listen": "running",
+    "make_app": "app",
+    "require_memory": "footprint",
+    "serve": "running",
+    "taken": "footprint",
+}
+
+__all__ = [
+    "Footprint",
+    "Job",
+    "Scheduler",
+    "Settings",
+    "free",
+    "is_local",
+    "listen",
+    "make_app",
+    "require_memory",
+    "serve",
+    "taken",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fewbits.server' has no attribute '{name}'")
+    return getattr(import_module(f"fewbits.server.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,120 @@
+"""The texts of one request as they come: the bridge from the engine's thread to the event loop.
+
+The first token is handed on at once. After that, tokens that come within `EVERY` seconds of one another are handed on
+together: nobody reads faster than that, and a small model writes thousands of tokens a second, each of which would cost
+more to send than to make.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+
+from fewbits.engine.batch import Member
+from fewbits.engine.sequences import Piece
+from fewbits.engine.sequences import Sequence as Writing
+from fewbits.server.problems import failed, queue_full, stopping
+from fewbits.server.scheduler import Job, QueueFullError, Scheduler, StoppingError
+
+EVERY = 0.04
+"""Seconds between two events of a stream, at least."""
+
+
+class Bell:
+    """Wakes who waits on the event loop, from any thread; rings that nobody waits for cost next to nothing."""
+
+    def __init__(self) -> None:
+        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+        self._awaited = False
+
+    def ring(self) -> None:
+        if self._awaited:
+            self._awaited = False
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+                self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self, until: Callable[[], bool], seconds: float | None = None) -> None:
+        """Return when `until` is true, which it may become before a ring, or so many seconds have passed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while True:
+                    self._event.clear()
+                    self._awaited = True
+                    if until():  # looked at after asking to be woken: what comes in between rings
+                        return
+                    await self._event.wait()
+
+
+class Answer:
+    """The texts that one request asked for. Raises Problem 429 or 503, at once, where they cannot be had."""
+
+    def __init__(self, scheduler: Scheduler, members: Sequence[Member], client: str, seconds: float) -> None:
+        self._scheduler, self._bell, self._seconds = scheduler, Bell(), seconds
+        self._ring_each = False
+        self.jobs = [Job(member, client, seconds, self._told) for member in members]
+        try:
+            scheduler.submit(self.jobs)
+        except QueueFullError:
+            raise queue_full() from None
+        except StoppingError:
+            raise stopping() from None
+
+    def _told(self) -> None:
+        """Of the engine's thread."""
+        if self._ring_each or any(job.over for job in self.jobs):
+            self._bell.ring()
+
+    async def pieces(self) -> AsyncIterator[tuple[int, list[Piece]]]:
+        """The number of a text and its next tokens, until all are over. Raises Problem where one ends early."""
+        left = dict(enumerate(self.jobs))
+        while left:
+            self._ring_each = True
+            await self._bell.wait(lambda: any(job.over or _writing(job).pieces for job in left.values()))
+            self._ring_each = False
+            for i, job in list(left.items()):
+                over = job.over  # looked at before the pieces, of which the last ones come before it
+                if found := _fetched(job):
+                    yield i, found
+                if over:
+                    self._require_whole(job)
+                    del left[i]
+            if left:  # the end of a text is told at once
+                await self._bell.wait(lambda: any(job.over for job in left.values()), EVERY)
+
+    async def whole(self) -> list[list[Piece]]:
+        """All tokens of all texts, when they are over. Raises Problem where one ends early."""
+        await self.over()
+        return [_fetched(job) for job in self.jobs]
+
+    async def over(self) -> None:
+        """Wait until all texts are over. Raises Problem where one ends early."""
+        await self._bell.wait(lambda: all(job.over for job in self.jobs))
+        for job in self.jobs:
+            self._require_whole(job)
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        for job in self.jobs:
+            if not job.over:
+                self._scheduler.cancel(job)
+
+    @property
+    def first(self) -> float | None:
+        """When the first token came."""
+        return min((job.first for job in self.jobs if job.first is not None), default=None)
+
+    def _require_whole(self, job: Job) -> None:
+        if job.failure is not None:
+            raise failed(job.failure, self._seconds)
+
+
+def _writing(job: Job) -> Writing:
+    assert isinstance(job.member, Writing)
+    return job.member
+
+
+def _fetched(job: Job) -> list[Piece]:
+    """What has come since the last time."""
+    pieces = _writing(job).pieces
+    return [pieces.popleft() for _ in range(len(pieces))]
