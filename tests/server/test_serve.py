@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from raw import Connection, completion, request
@@ -36,6 +37,16 @@ class Process:
             assert line, self.said
             self.said += line
         self.port = int(found[1])
+
+    def until_busy(self, texts: int) -> None:
+        """Return once it has that many texts, in slots or in the queue."""
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            with urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
+                found = re.findall(r"^fewbits_(?:waiting|running) (\d+)", answer.read().decode(), re.MULTILINE)
+            if sum(map(int, found)) == texts:
+                return
+        raise AssertionError(f"there were never {texts} texts at once")
 
     def end(self, sign: int = signal.SIGTERM) -> tuple[int, str, str]:
         """Exit code, stdout, and all of stderr."""
@@ -74,7 +85,7 @@ def test_sigterm_in_mid_stream_lets_it_finish() -> None:
         first = running.until(b"\n\n")
         for connection in waiting:
             connection.send(completion(**drawn))
-        time.sleep(0.05)
+        served.until_busy(5)
         served.process.send_signal(signal.SIGTERM)
         status, answer = waiting[-1].answer()
         assert (status, answer["error"]["code"]) == (503, "stopping")
@@ -95,7 +106,7 @@ def test_sigterm_without_grace_says_so() -> None:
             streamed.send(completion(stream=True, max_tokens=900, temperature=1.2))
             first = streamed.until(b"\n\n")
             whole.send(completion(max_tokens=900, temperature=1.2))
-            time.sleep(0.05)
+            served.until_busy(2)
             served.process.send_signal(signal.SIGTERM)
             assert whole.answer()[1]["error"]["code"] == "stopping"
             found = first + streamed.rest()
