@@ -254,6 +254,7 @@ def test_full_disk_is_found_before_and_while_writing(tmp_path, monkeypatch):
         (Entry("n", (32,), Float(torch.float16)), "fp32 only"),
         (Entry("w" * 64, (4, 32), format_named("q8_0")), "63 bytes"),
         (Entry("w", (1, 1, 1, 1, 32), Float(torch.float32)), "1 to 4 dimensions"),
+        (Entry("w", (4, 40), format_named("mxfp4")), "40 is not a multiple of its block of 32"),
     ],
 )
 def test_what_it_cannot_hold_is_refused_by_name(tmp_path, entry, reason):
@@ -339,6 +340,15 @@ def test_types_it_does_not_read_are_named(tmp_path, kind, named):
     path = tmp_path / "m.gguf"
     path.write_bytes(head(tensors=1) + tensor((256, 1), kind=kind) + bytes(1000))
     with pytest.raises(CheckpointError, match=named):
+        KIND.open(path)
+
+
+@pytest.mark.parametrize("kind", [2, 14, 39])
+def test_ragged_blocks_are_refused(tmp_path, kind):
+    """Of Q4_0, Q6_K and MXFP4, whose last groups may be short in other files."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(head(tensors=1) + tensor((258, 1), kind=kind) + bytes(1000))
+    with pytest.raises(CheckpointError, match="in_features 258 is not a multiple of its block"):
         KIND.open(path)
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import pairwise
+from typing import Any
 
 import openai
 import psutil
@@ -220,12 +221,19 @@ def test_a_full_queue(engine: Engine) -> None:
         until(lambda: at_rest(served))
 
 
-def test_out_of_time(engine: Engine) -> None:
+def test_out_of_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.start_over()
+    forward = engine.runner.forward
+
+    def slow(*args: Any) -> Any:  # 500 tokens, of which a step may write eight, take longer than the second they have
+        time.sleep(0.03)
+        return forward(*args)
+
     with serving(engine, seconds=0.0) as served:
         status, answer = asked(served, completion())
         assert (status, answer["error"]["code"]) == (504, "time_limit")
-    with serving(engine, seconds=0.08) as served, Connection(served.port) as connection:
+    monkeypatch.setattr(engine.runner, "forward", slow)
+    with serving(engine, seconds=1.0) as served, Connection(served.port) as connection:
         connection.send(completion(stream=True, max_tokens=500, seed=1))
         found = connection.until(b"0\r\n\r\n")
         assert b'"code":"time_limit"' in found

@@ -96,6 +96,10 @@ class Gguf(Kind):
             return f"{entry.name}: GGUF has no type for {entry.format}; it holds {known}"
         if len(entry.shape) == 1 and entry.format != Float(torch.float32):
             return f"{entry.name}: llama.cpp computes with vectors in fp32 only, not {entry.format}"
+        try:
+            laid_out(entry.format).check(entry.shape)  # blocks are whole here, also of a format that is not elsewhere
+        except FormatError as error:
+            return f"{entry.name}: {error}"
         return None
 
     def file_bytes(self, format: Format, shape: tuple[int, ...]) -> int:
@@ -209,7 +213,7 @@ class GgufReader(Reader):
                 f"read; it reads {', '.join(str(format) for format in READ_TYPES.values())}"
             )
         try:
-            format.check(info.shape)
+            laid_out(format).check(info.shape)
         except FormatError as error:
             raise CheckpointError(f"{path}: tensor '{info.name}': {error}") from error
         return Entry(info.name, info.shape, format)
